@@ -1,0 +1,23 @@
+"""Tests against peers that nobody here wrote, and the benchmark beside them.
+
+    python3 -m unittest discover -t . -s interop     all tests
+    python3 -m interop.sid                           build the chroot with the newest peers ahead of time
+    python3 -m interop.bench                         our disk beside qemu-storage-daemon and the Rust crate
+
+The peers come from Debian 12's own packages (packages.txt; QEMU 7.2: the oldest) and from a chroot of Debian sid
+(sid.py; QEMU 11.1, Linux 7.2, User-mode Linux 7.2, libblkio: the newest). What is missing is a skip that names it; with
+VHOST_USER_INTEROP_REQUIRED=1 it is a failure. VHOST_USER_INTEROP_DISK=ours|qsd|rust picks the disk under test, so that
+the tests can be tried on a back-end that is known to be good.
+
+In reading order, each uses those above it:
+
+    sid.py          the chroot: built when missing, commands run inside
+    support.py      the tests' base class: folder, clean-up, logs shown after a failure, what is missing
+    peers.py        processes: our devices, qemu-storage-daemon, rust-peer/, vublk-load.c
+    initramfs.py    what a guest boots: kernel, modules, busybox, fio, e2fsprogs, and the agent that runs commands
+    guest.py        guests under QEMU: boot, commands, QMP
+    uml.py          the same under User-mode Linux
+    diskcheck.py    what is asked of a disk inside any guest
+    test_*.py       one subject each
+    bench.py        figures, side by side in one run
+"""

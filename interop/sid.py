@@ -95,7 +95,7 @@ def ensure() -> Path:
 
 def kernel_release() -> str:
     """The release name of the chroot's kernel, as its modules folder is called."""
-    return max((ROOT / "usr/lib/modules").iterdir(), key=lambda p: _version_key(p.name)).name
+    return max((ROOT / "usr/lib/modules").iterdir(), key=lambda p: version_key(p.name)).name
 
 
 @contextlib.contextmanager
@@ -184,10 +184,10 @@ def _newest_kernel(root: Path) -> str:
     plain = [n for n in names if "cloud" not in n and "rt" not in n.split("-")]
     if not plain:
         raise SidError("the mirror offers no linux-modules-…-amd64")
-    return max(plain, key=_version_key)
+    return max(plain, key=version_key)
 
 
-def _version_key(name: str) -> list[tuple[int, str]]:
+def version_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", name)]
 
 
