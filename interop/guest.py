@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ class Guest:
         self._channel.close()
 
     @contextlib.contextmanager
-    def _console_on_error(self, what: str) -> Any:
+    def _console_on_error(self, what: str) -> Iterator[None]:
         try:
             yield
         except GuestError as error:
@@ -223,9 +223,9 @@ def accelerator() -> list[str]:
 
 
 class QemuGuest(Guest):
-    """A guest under QEMU; `devices` are further arguments. It runs until `kill`."""
+    """A guest under QEMU; It runs until `kill`."""
 
-    def __init__(self, machine: Machine, folder: Path, devices: Sequence[str] = (), *, cpus: int = 1) -> None:
+    def __init__(self, machine: Machine, folder: Path, devices: Sequence[Device] = (), *, cpus: int = 1) -> None:
         machine.require()
         kernel = machine.kernel()
         images = [initramfs.elf_kernel(kernel), initramfs.build(kernel.modules)]
@@ -240,9 +240,9 @@ class QemuGuest(Guest):
             *("-append", "console=ttyS0 agent=/dev/ttyS1 loglevel=5 nokaslr mitigations=off hung_task_panic=0"),
             *("-chardev", f"file,id=console,path={console},append=on", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=agent,fd={agent_far.fileno()}", "-serial", "chardev:agent"),
-            *("-chardev", f"socket,id=qmp,fd={qmp_far.fileno()}", "-mon", "chardev=qmp,mode=control"),
+            *("-chardev", f"socket,id=qmp,fd={qmp_far.fileno()}", "-qmp", "chardev:qmp"),
             *("-device", "pcie-root-port,id=port0,slot=1", "-device", "pcie-root-port,id=port1,slot=2"),
-            *devices,
+            *(word for device in devices for word in device.command_line()),
         ]
         with agent_far, qmp_far:
             fds = (agent_far.fileno(), qmp_far.fileno())
@@ -255,8 +255,39 @@ class QemuGuest(Guest):
         self.qmp.close()
 
 
-def blk_device(socket_path: Path, properties: str = "", *, name: str = "disk0", bus: str = "port0") -> list[str]:
-    """QEMU's arguments for a disk on a vhost-user socket. One queue unless told: QEMU's default is one per CPU."""
-    queues = "" if "num-queues" in properties else ",num-queues=1"
-    device = f"vhost-user-blk-pci,id={name},bus={bus},chardev=c-{name}{queues}{',' * bool(properties)}{properties}"
-    return ["-chardev", f"socket,id=c-{name},path={socket_path}", "-device", device]
+@dataclass(frozen=True)
+class Device:
+    """A vhost-user device with its socket: for the command line, or to be plugged into a running guest."""
+
+    driver: str
+    socket: Path
+    properties: Mapping[str, bool | int | str]
+    name: str = "disk0"
+    bus: str = "port0"
+
+    def arguments(self) -> dict[str, object]:
+        chardev = f"c-{self.name}"
+        return {"driver": self.driver, "id": self.name, "bus": self.bus, "chardev": chardev, **self.properties}
+
+    def command_line(self) -> list[str]:
+        chardev = f"socket,id=c-{self.name},path={self.socket}"
+        return ["-chardev", chardev, "-device", json.dumps(self.arguments())]
+
+    def plug(self, qmp: Qmp) -> None:
+        address = {"type": "unix", "data": {"path": str(self.socket)}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        qmp.execute("chardev-add", id=f"c-{self.name}", backend=backend)
+        qmp.execute("device_add", **self.arguments())
+
+    def unplug(self, qmp: Qmp) -> None:
+        """Returns when the guest let the device go and QEMU its socket."""
+        qmp.execute("device_del", id=self.name)
+        while qmp.wait_event("DEVICE_DELETED")["data"].get("device") != self.name:
+            pass
+        qmp.execute("chardev-remove", id=f"c-{self.name}")
+
+
+def disk_device(socket_path: Path, **properties: bool | int) -> Device:
+    """One queue unless told: QEMU's default is one per CPU."""
+    named = {key.replace("num_queues", "num-queues"): value for key, value in properties.items()}
+    return Device("vhost-user-blk-pci", socket_path, {"num-queues": 1, **named})
