@@ -1,0 +1,1704 @@
+"""Virtqueues: split and packed, device side and driver side.
+
+Part of a framework for vhost-user back-ends in pure Python; needs the standard library alone, on Linux.
+
+In reading order:
+
+- Facts              descriptor flags, feature bits and layouts of virtio 1.3 §2.7 and §2.8
+- Descriptor chains  `DescriptorChain`, what a device works with
+- Device side        `Queue`, and its two formats `SplitQueue` and `PackedQueue`: chains in, completions out, notifications
+- Rings of a daemon  `VringState` (a queue with its eventfds and switches), `VringMutex` and `VringRwLock` (the same, shared by threads)
+- Driver side        `SplitDriverQueue` and `PackedDriverQueue`, for front-ends and tests
+
+Whatever the driver writes is taken as hostile: it is copied once, the copy is checked, and only the copy is used. A bad chain is
+returned with length 0 and counted; a bad ring is broken until it is started again.
+
+Cost is per batch, not per request: one look at the available index takes all that is there, one store publishes what is done,
+one signal tells the driver. Parsed chains are remembered by the bytes of their descriptors, since drivers use their buffers again
+and again: the key is the content that was checked, so that a hit needs no check.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import struct
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import chain as concatenate
+from typing import TYPE_CHECKING, Any, ContextManager, Protocol
+
+if TYPE_CHECKING or not __package__:
+    from guest_memory import STRONGLY_ORDERED, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap
+else:
+    from .guest_memory import STRONGLY_ORDERED, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap
+
+__all__ = [
+    "DescriptorChain",
+    "DriverQueue",
+    "MAX_QUEUE_SIZE",
+    "PackedDriverQueue",
+    "PackedQueue",
+    "Queue",
+    "SplitDriverQueue",
+    "SplitQueue",
+    "VIRTIO_F_IN_ORDER",
+    "VIRTIO_F_INDIRECT_DESC",
+    "VIRTIO_F_EVENT_IDX",
+    "VIRTIO_F_RING_PACKED",
+    "VIRTIO_F_RING_RESET",
+    "VIRTIO_F_VERSION_1",
+    "VringError",
+    "VringMutex",
+    "VringRwLock",
+    "VringState",
+    "VringT",
+]
+
+log = logging.getLogger("vhost_user.vring")
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Facts
+# ---------------------------------------------------------------------------------------------------------------------------
+
+VIRTIO_F_INDIRECT_DESC = 28  # bit numbers of virtio 1.3 §6
+VIRTIO_F_EVENT_IDX = 29
+VIRTIO_F_VERSION_1 = 32
+VIRTIO_F_RING_PACKED = 34
+VIRTIO_F_IN_ORDER = 35
+VIRTIO_F_RING_RESET = 40
+
+MAX_QUEUE_SIZE = 32768
+"""Most entries of a virtqueue (virtio 1.3 §2.7, §2.8)."""
+
+MAX_INDIRECT = 1024
+"""Most entries of an indirect table on a smaller queue. The specification stops at the queue size, but Linux's drivers go by seg_max
+alone and QEMU takes 1024: a guest with a queue of 64 that sends 128 segments works everywhere, and shall here."""
+
+DESC_F_NEXT = 1
+DESC_F_WRITE = 2
+DESC_F_INDIRECT = 4
+PACKED_F_AVAIL = 1 << 7
+PACKED_F_USED = 1 << 15
+PACKED_F_BOTH = PACKED_F_AVAIL | PACKED_F_USED
+
+AVAIL_F_NO_INTERRUPT = 1
+USED_F_NO_NOTIFY = 1
+
+EVENT_FLAGS_ENABLE = 0  # event suppression structures of the packed ring (virtio 1.3 §2.8.14)
+EVENT_FLAGS_DISABLE = 1
+EVENT_FLAGS_DESC = 2
+
+_DESCRIPTOR_SIZE = 16
+_SWAP = sys.byteorder == "big"  # rings are little-endian
+_SPLIT_DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, next
+_PACKED_DESCRIPTOR = struct.Struct("<QIHH")  # address, length, id, flags
+_PACKED_USED = struct.Struct("<IHH")  # length, id, flags
+_MOST_BYTES = 1 << 32  # a chain's length is a u32 in the used ring
+_EVENTFD_ONE = (1).to_bytes(8, sys.byteorder)
+
+
+def _swap16(value: int) -> int:
+    return (value & 0xFF) << 8 | value >> 8
+
+
+@lru_cache(maxsize=256)
+def _table_struct(entries: int) -> struct.Struct:
+    return struct.Struct("<" + "QIHH" * entries)
+
+
+@lru_cache(maxsize=256)
+def _used_struct(entries: int) -> struct.Struct:
+    return struct.Struct("<" + "II" * entries)
+
+
+class VringError(Exception):
+    """A use of a ring that is wrong: in a device, or in the configuration that a front-end gave."""
+
+
+class _MalformedChain(Exception):
+    """The driver made a chain that breaks the rules; the ring goes on."""
+
+
+class _BrokenRing(Exception):
+    """The driver broke the ring itself: nothing behind this point can be trusted."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Descriptor chains
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class DescriptorChain:
+    """One buffer that the driver made available (virtio 1.3 §2.7.13), from the ring's iterator until `add_used`.
+
+    readable      the device-readable parts, views straight into guest RAM, in order
+    writable      the device-writable parts, likewise
+    readable_len  bytes in `readable`
+    writable_len  bytes in `writable`
+    memo          whatever the device wants to keep about these parts; None at first. A driver uses its buffers again and again, and
+                  the framework then hands out the same object with a new content: what depends on the parts alone may stay in here
+
+    Don't use a chain after `add_used`.
+    """
+
+    __slots__ = ("_holder", "_read_at", "_token", "_used", "_write_at", "memo", "readable", "readable_len", "writable", "writable_len")
+
+    def __init__(self, token: int, readable: tuple[memoryview, ...], writable: tuple[memoryview, ...], readable_len: int, writable_len: int) -> None:
+        self._token = token
+        self._used: int | None = None
+        self._read_at = 0
+        self._write_at = 0
+        self._holder: Queue | None = None  # the queue it was taken from, until it is completed
+        self.memo: Any = None
+        self.readable = readable
+        self.writable = writable
+        self.readable_len = readable_len
+        self.writable_len = writable_len
+
+    @property
+    def id(self) -> int:
+        """What the driver calls it: the index of the head descriptor (split) or the buffer id (packed), 0 … 65535."""
+        return self._token & 0xFFFF
+
+    def read(self, length: int = -1) -> bytes:
+        """The next `length` device-readable bytes, or all that are left; shorter at the end."""
+        start = self._read_at
+        end = self.readable_len if length < 0 else min(start + length, self.readable_len)
+        self._read_at = end
+        return b"".join(_span(self.readable, start, end))
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Put `data` into the next device-writable bytes; as much as fits. Returns how many bytes were written by this call."""
+        source = memoryview(data).cast("B")
+        start = self._write_at
+        end = min(start + len(source), self.writable_len)
+        done = 0
+        for part in _span(self.writable, start, end):
+            part[:] = source[done : done + len(part)]
+            done += len(part)
+        self._write_at = end
+        return done
+
+    def __repr__(self) -> str:
+        return f"<chain {self.id}: {self.readable_len} bytes readable, {self.writable_len} writable>"
+
+
+def _span(parts: tuple[memoryview, ...], start: int, end: int) -> Iterator[memoryview]:
+    """The bytes from start to end of all the parts taken together."""
+    for part in parts:
+        size = len(part)
+        if end <= 0:
+            return
+        if start < size:
+            yield part[max(start, 0) : end]
+        start -= size
+        end -= size
+
+
+_Piece = tuple[int, int, int]  # guest address, length in bytes, whether device-writable
+
+
+def _indirect_piece_error(length: int, size: int) -> str | None:
+    if not length or length % _DESCRIPTOR_SIZE:
+        return f"an indirect table of {length} bytes, not a multiple of {_DESCRIPTOR_SIZE}"
+    if length // _DESCRIPTOR_SIZE > max(size, MAX_INDIRECT):
+        return f"an indirect table of {length // _DESCRIPTOR_SIZE} descriptors on a queue of {size}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Device side
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Queue(ABC):
+    """The device side of a virtqueue in guest RAM. Callers see to it that one thread at a time is inside.
+
+    size         entries
+    outstanding  descriptors-in-ring that the device has taken and not yet published as used (split: chains)
+    completed    (token, length) of chains that are done and not yet published; any thread may append
+    malformed    chains that were refused so far
+    """
+
+    _MEMO_LIMIT = 8192  # parsed chains kept; about 1 KiB each
+
+    def __init__(self, memory: GuestMemoryMmap, size: int, areas: tuple[int, int, int], features: int, complaint: Callable[[str], None]) -> None:
+        """`areas` are the guest addresses of descriptor table or ring, driver area and device area. Raises GuestMemoryError when one is
+        not in RAM, VringError for a size or alignment that the format does not have."""
+        self._check_size(size)
+        self.size = size
+        self.outstanding = 0
+        self.taken = 0
+        self.malformed = 0
+        self.completed: list[tuple[int, int]] = []
+        self.event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
+        self.in_order = bool(features >> VIRTIO_F_IN_ORDER & 1)
+        self._indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
+        self._order: deque[DescriptorChain] = deque()
+        self._fence = Fence()
+        self._complain = complaint
+        self.move(memory, areas)
+
+    def move(self, memory: GuestMemoryMmap, areas: tuple[int, int, int]) -> None:
+        """Go on in another snapshot of guest memory, or at other addresses; the ring's state stays. Raises as the constructor does."""
+        self._map(memory, *areas)
+        self._memory = memory
+        self._forget()
+
+    def _forget(self) -> None:
+        self._direct: dict[bytes, DescriptorChain] = {}
+        self._by_table: dict[bytes, DescriptorChain] = {}
+        self._tables: dict[bytes, memoryview] = {}
+        self._spans = [slice(at, at + _DESCRIPTOR_SIZE) for at in range(0, self.size * _DESCRIPTOR_SIZE, _DESCRIPTOR_SIZE)]
+
+    def _area(self, memory: GuestMemoryMmap, address: int, length: int, alignment: int, name: str) -> memoryview:
+        if address % alignment:
+            raise VringError(f"{name} at guest address {address:#x} is not aligned to {alignment}")
+        try:
+            return memory.view(address, length)
+        except GuestMemoryError as error:
+            raise GuestMemoryError(f"{name}: {error}") from None
+
+    # The format's own part
+
+    @abstractmethod
+    def _check_size(self, size: int) -> None: ...
+
+    @abstractmethod
+    def _map(self, memory: GuestMemoryMmap, desc: int, driver: int, device: int) -> None: ...
+
+    @property
+    @abstractmethod
+    def used_index(self) -> int:
+        """The next used position (split: the used index as it stands in guest memory)."""
+
+    @property
+    @abstractmethod
+    def base(self) -> int:
+        """The position as SET_VRING_BASE and GET_VRING_BASE have it (vhost-user, "vring state description")."""
+
+    @abstractmethod
+    def start(self, base: int) -> None:
+        """Begin at `base`, with nothing in flight."""
+
+    @abstractmethod
+    def available(self) -> bool:
+        """Whether the driver has made a chain available that was not taken. Raises _BrokenRing."""
+
+    @abstractmethod
+    def take(self, limit: int) -> list[DescriptorChain]:
+        """Up to `limit` chains that the driver made available, in order. Raises _BrokenRing.
+
+        Chains that break the rules are completed with length 0 at once, and not among them."""
+
+    @abstractmethod
+    def put_back(self, chains: Sequence[DescriptorChain]) -> None:
+        """Undo `take` for the last ones it gave."""
+
+    @abstractmethod
+    def _publish(self, batch: list[tuple[int, int]]) -> None: ...
+
+    @abstractmethod
+    def enable_notification(self) -> bool:
+        """Ask the driver to notify again. Returns whether there are chains already, for which no notification may come."""
+
+    @abstractmethod
+    def disable_notification(self) -> None:
+        """Tell the driver that it need not notify (a hint)."""
+
+    @abstractmethod
+    def needs_notification(self) -> bool:
+        """Whether the driver wants to be notified of what was published since the last call."""
+
+    # What both formats share
+
+    def complete_in_order(self, chain: DescriptorChain, length: int) -> None:
+        """Note that the chain is done, and pass on as completed all that now are in the order of `take` (VIRTIO_F_IN_ORDER)."""
+        chain._used = length
+        order = self._order
+        while order and order[0]._used is not None:
+            first = order.popleft()
+            self.completed.append((first._token, first._used or 0))
+
+    def publish(self) -> None:
+        """Write all completions to the ring and show them to the driver."""
+        batch = self.completed[:]
+        del self.completed[: len(batch)]
+        if batch:
+            self._publish(batch)
+
+    def _hand_out(self, chains: list[DescriptorChain]) -> None:
+        """Bookkeeping of a batch that `take` returns."""
+        self.taken += len(chains)
+        if self.in_order:
+            for chain in chains:
+                chain._used = None
+            self._order.extend(chains)
+
+    def _undo_hand_out(self, chains: Sequence[DescriptorChain]) -> None:
+        self.taken -= len(chains)
+        for chain in chains:
+            chain._holder = None
+            if self.in_order:
+                self._order.pop()
+
+    def _reject(self, token: int, reason: _MalformedChain) -> None:
+        """Give a bad chain back with length 0, so that the driver's slot is not lost."""
+        self.malformed += 1
+        self.taken += 1
+        self._complain(f"chain {token & 0xFFFF} refused: {reason}")
+        if self.in_order:
+            chain = DescriptorChain(token, (), (), 0, 0)
+            self._order.append(chain)
+            self.complete_in_order(chain, 0)
+        else:
+            self.completed.append((token, 0))
+
+    def _remember(self, memo: dict[bytes, DescriptorChain], key: bytes, chain: DescriptorChain) -> None:
+        if len(memo) >= self._MEMO_LIMIT:
+            self._forget()
+            memo = self._direct if memo is self._direct else self._by_table
+        memo[key] = chain
+
+    def _table(self, address: int, length: int, key: bytes) -> memoryview:
+        """The view of an indirect table, checked. Remembered by `key`, the bytes of its descriptor."""
+        if not self._indirect:
+            raise _MalformedChain("an indirect descriptor, though VIRTIO_F_INDIRECT_DESC was not negotiated")
+        wrong = _indirect_piece_error(length, self.size)
+        if wrong:
+            raise _MalformedChain(wrong)
+        try:
+            table = self._memory.view(address, length)
+        except GuestMemoryError as error:
+            raise _MalformedChain(f"indirect table: {error}") from None
+        if len(self._tables) >= self._MEMO_LIMIT:
+            self._tables.clear()
+        self._tables[key] = table
+        return table
+
+    def _chain(self, token: int, pieces: Sequence[_Piece]) -> DescriptorChain:
+        """The chain of checked descriptors: everything in RAM, readable before writable, under 4 GiB."""
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        sizes = [0, 0]
+        for address, length, write in pieces:
+            if write:
+                target = writable
+                sizes[1] += length
+            elif writable:
+                raise _MalformedChain("a device-readable descriptor behind a device-writable one")
+            else:
+                target = readable
+                sizes[0] += length
+            region = self._memory.find_region(address)
+            if region is not None and address + length <= region.guest_addr + region.size:
+                offset = address - region.guest_addr
+                target.append(region.view[offset : offset + length])
+            else:
+                target += self._split_views(address, length)
+        if sizes[0] + sizes[1] >= _MOST_BYTES:
+            raise _MalformedChain(f"{sizes[0] + sizes[1]:#x} bytes in one chain")
+        return DescriptorChain(token, tuple(readable), tuple(writable), sizes[0], sizes[1])
+
+    def _split_views(self, address: int, length: int) -> list[memoryview]:
+        try:
+            return self._memory.views(address, length)
+        except GuestMemoryError as error:
+            raise _MalformedChain(str(error)) from None
+
+
+class SplitQueue(Queue):
+    """The split virtqueue (virtio 1.3 §2.7)."""
+
+    def _check_size(self, size: int) -> None:
+        if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
+            raise VringError(f"a split queue of {size} entries: must be a power of two up to {MAX_QUEUE_SIZE}")
+
+    def _map(self, memory: GuestMemoryMmap, desc: int, avail: int, used: int) -> None:
+        size = self.size
+        self._desc = self._area(memory, desc, 16 * size, 16, "descriptor table")
+        self._avail = self._area(memory, avail, 6 + 2 * size, 2, "available ring").cast("H")
+        self._used = self._area(memory, used, 6 + 8 * size, 4, "used ring")
+        self._used16 = self._used.cast("H")
+        self._used_event = 2 + size
+        self._avail_event = 2 + 4 * size
+
+    @property
+    def used_index(self) -> int:
+        return self._load(self._used16, 1)
+
+    @property
+    def base(self) -> int:
+        return self._next_avail
+
+    def start(self, base: int) -> None:
+        # The used index is the ring's own: a front-end gives the available index alone (vhost-user, "vring state description").
+        self._next_avail = base & 0xFFFF
+        self._next_used = self._load(self._used16, 1)
+        self._signalled: int | None = None
+        self.outstanding = 0
+        self._order.clear()
+
+    @staticmethod
+    def _load(view: memoryview, item: int) -> int:
+        value: int = view[item]
+        return _swap16(value) if _SWAP else value
+
+    @staticmethod
+    def _store(view: memoryview, item: int, value: int) -> None:
+        view[item] = _swap16(value) if _SWAP else value
+
+    def available(self) -> bool:
+        return self._load(self._avail, 1) != self._next_avail
+
+    def take(self, limit: int) -> list[DescriptorChain]:
+        avail = self._avail
+        index = avail[1]
+        if _SWAP:
+            index = _swap16(index)
+        position = self._next_avail
+        waiting = (index - position) & 0xFFFF
+        if not waiting:
+            return []
+        size = self.size
+        if waiting > size - self.outstanding:
+            raise _BrokenRing(
+                f"available index {index} is {waiting} ahead of {position}, with {self.outstanding} of {size} entries in flight"
+            )
+        if not STRONGLY_ORDERED:
+            self._fence()
+        start = position & (size - 1)
+        count = waiting if waiting < limit else limit
+        if start + count <= size:
+            heads = avail[2 + start : 2 + start + count].tolist()
+        else:
+            heads = avail[2 + start : 2 + size].tolist() + avail[2 : 2 + start + count - size].tolist()
+        if _SWAP:
+            heads = [_swap16(head) for head in heads]
+        taken: list[DescriptorChain] = []
+        append = taken.append
+        desc, spans, tables, direct, by_table = self._desc, self._spans, self._tables, self._direct, self._by_table
+        rejected = 0
+        for head in heads:
+            try:
+                key = bytes(desc[spans[head]])
+                if key in tables:
+                    content = bytes(tables[key])
+                    chain = by_table.get(content)
+                    if chain is None or chain._holder is not None:
+                        chain = self._chain(head, self._table_pieces(content))
+                        self._remember(by_table, content, chain)
+                    chain._token = head
+                else:
+                    chain = direct.get(key)
+                    if chain is None or chain._holder is not None or chain._token != head:
+                        chain = self._parse(head)
+            except IndexError:
+                raise _BrokenRing(f"available ring entry names descriptor {head} of {size}") from None
+            except _MalformedChain as reason:
+                if taken:
+                    break  # those before it go first, so that they can be put back; then it comes again
+                self._reject(head, reason)
+                rejected += 1
+                continue
+            chain._holder = self
+            chain._read_at = chain._write_at = 0
+            append(chain)
+        count = len(taken) + rejected
+        self._next_avail = (position + count) & 0xFFFF
+        self.outstanding += count
+        self._hand_out(taken)
+        return taken
+
+    def put_back(self, chains: Sequence[DescriptorChain]) -> None:
+        self._next_avail = (self._next_avail - len(chains)) & 0xFFFF
+        self.outstanding -= len(chains)
+        self._undo_hand_out(chains)
+
+    def _parse(self, head: int) -> DescriptorChain:
+        """The chain that begins at `head`, descriptor by descriptor."""
+        pieces: list[_Piece] = []
+        copies: list[bytes] = []
+        index = head
+        while True:
+            if index >= self.size:
+                raise _MalformedChain(f"next is {index}, the table has {self.size} descriptors")
+            if len(copies) == self.size:
+                raise _MalformedChain("the descriptors form a loop")
+            copy = bytes(self._desc[16 * index : 16 * index + 16])
+            copies.append(copy)
+            address, length, flags, following = _SPLIT_DESCRIPTOR.unpack(copy)
+            if flags & DESC_F_INDIRECT:
+                if flags & DESC_F_NEXT:
+                    raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
+                return self._parse_with_table(head, index, pieces, self._table(address, length, copy))
+            if length:
+                pieces.append((address, length, flags & DESC_F_WRITE))
+            if not flags & DESC_F_NEXT:
+                break
+            index = following
+        chain = self._chain(head, pieces)
+        if index == head + len(copies) - 1 and self._contiguous(head, copies):
+            self._spans[head] = slice(16 * head, 16 * (head + len(copies)))
+            self._remember(self._direct, b"".join(copies), chain)
+        return chain
+
+    @staticmethod
+    def _contiguous(head: int, copies: list[bytes]) -> bool:
+        return all(_SPLIT_DESCRIPTOR.unpack(copy)[3] == head + step for step, copy in enumerate(copies[:-1], 1))
+
+    def _parse_with_table(self, head: int, index: int, pieces: list[_Piece], table: memoryview) -> DescriptorChain:
+        """A chain whose last descriptor refers to an indirect table, with or without others before it."""
+        content = bytes(table)
+        chain = self._chain(head, pieces + self._table_pieces(content))
+        self._spans[head] = slice(16 * head, 16 * head + 16)
+        if index == head:
+            self._remember(self._by_table, content, chain)
+        return chain
+
+    def _table_pieces(self, content: bytes) -> list[_Piece]:
+        entries = len(content) // 16
+        fields = _table_struct(entries).unpack(content)
+        pieces: list[_Piece] = []
+        at = 0
+        for _ in range(entries):
+            address, length, flags, following = fields[at : at + 4]
+            if flags & DESC_F_INDIRECT:
+                raise _MalformedChain("an indirect descriptor inside an indirect table")
+            if length:
+                pieces.append((address, length, flags & DESC_F_WRITE))
+            if not flags & DESC_F_NEXT:
+                return pieces
+            if following >= entries:
+                raise _MalformedChain(f"next is {following}, the indirect table has {entries} descriptors")
+            at = 4 * following
+        raise _MalformedChain("the descriptors of the indirect table form a loop")
+
+    def _publish(self, batch: list[tuple[int, int]]) -> None:
+        size, count = self.size, len(batch)
+        start = self._next_used & (size - 1)
+        if start + count <= size:
+            _used_struct(count).pack_into(self._used, 4 + 8 * start, *concatenate.from_iterable(batch))
+        else:
+            fits = size - start
+            _used_struct(fits).pack_into(self._used, 4 + 8 * start, *concatenate.from_iterable(batch[:fits]))
+            _used_struct(count - fits).pack_into(self._used, 4, *concatenate.from_iterable(batch[fits:]))
+        if not STRONGLY_ORDERED:
+            self._fence()
+        self._next_used = index = (self._next_used + count) & 0xFFFF
+        self._used16[1] = _swap16(index) if _SWAP else index
+        self.outstanding -= count
+
+    def enable_notification(self) -> bool:
+        if self.event_idx:
+            self._store(self._used16, self._avail_event, self._next_avail)
+        else:
+            self._store(self._used16, 0, 0)
+        self._fence()
+        return self.available()
+
+    def disable_notification(self) -> None:
+        if not self.event_idx:  # with it, an event index that lies behind does
+            self._store(self._used16, 0, USED_F_NO_NOTIFY)
+
+    def needs_notification(self) -> bool:
+        self._fence()
+        if not self.event_idx:
+            return not self._load(self._avail, 0) & AVAIL_F_NO_INTERRUPT
+        new, old = self._next_used, self._signalled
+        self._signalled = new
+        if old is None:
+            return True
+        event = self._load(self._avail, self._used_event)
+        return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
+
+
+class PackedQueue(Queue):
+    """The packed virtqueue (virtio 1.3 §2.8)."""
+
+    def _check_size(self, size: int) -> None:
+        if not 0 < size <= MAX_QUEUE_SIZE:
+            raise VringError(f"a packed queue of {size} entries: must be 1 to {MAX_QUEUE_SIZE}")
+
+    def _map(self, memory: GuestMemoryMmap, desc: int, driver: int, device: int) -> None:
+        self._desc = self._area(memory, desc, 16 * self.size, 16, "descriptor ring")
+        self._flags = self._desc.cast("H")
+        self._driver_event = self._area(memory, driver, 4, 4, "driver event suppression").cast("H")
+        self._device_event = self._area(memory, device, 4, 4, "device event suppression").cast("H")
+
+    @property
+    def used_index(self) -> int:
+        return self._next_used
+
+    @property
+    def base(self) -> int:
+        avail = self._next_avail | self._avail_wrap << 15
+        return avail | (self._next_used | self._used_wrap << 15) << 16
+
+    def start(self, base: int) -> None:
+        if base == 0 and not self._load(self._flags, 7) & PACKED_F_USED:
+            # Position 0 with both wrap counters 0 means one lap done, which leaves the first descriptor's USED bit set. Without it the
+            # ring is new, and the front-end (User-mode Linux) sent the split ring's 0.
+            base = 1 << 15 | 1 << 31
+        self._next_avail, self._avail_wrap = base & 0x7FFF, base >> 15 & 1
+        self._next_used, self._used_wrap = base >> 16 & 0x7FFF, base >> 31 & 1
+        if self._next_avail >= self.size or self._next_used >= self.size:
+            raise VringError(f"ring base {base:#x} lies outside a queue of {self.size}")
+        self._signalled: int | None = None
+        self.outstanding = 0
+        self._order.clear()
+
+    _load = staticmethod(SplitQueue._load)
+    _store = staticmethod(SplitQueue._store)
+
+    def available(self) -> bool:
+        flags = self._load(self._flags, 8 * self._next_avail + 7)
+        return flags & PACKED_F_BOTH == (PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED)
+
+    def take(self, limit: int) -> list[DescriptorChain]:
+        flags, desc, spans = self._flags, self._desc, self._spans
+        tables, direct, by_table = self._tables, self._direct, self._by_table
+        position, size, room = self._next_avail, self.size, self.size - self.outstanding
+        wanted = PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED
+        taken: list[DescriptorChain] = []
+        append = taken.append
+        rejected = 0
+        while len(taken) + rejected < limit:
+            value = flags[8 * position + 7]
+            if (_swap16(value) if _SWAP else value) & PACKED_F_BOTH != wanted:
+                break
+            if not STRONGLY_ORDERED:
+                self._fence()
+            key = bytes(desc[spans[position]])
+            if key in tables:
+                token = 1 << 16 | key[12] | key[13] << 8
+                content = bytes(tables[key])
+                chain = by_table.get(content)
+            else:
+                content = None
+                chain = direct.get(key)
+                token = chain._token if chain is not None else 0
+            if chain is None or chain._holder is not None:
+                try:
+                    chain, token = self._parse(position, content, token)
+                except _MalformedChain as reason:
+                    if taken:
+                        break  # those before it go first, so that they can be put back; then it comes again
+                    token = self._extent(position)
+                    self._reject(token, reason)
+                    rejected += 1
+                    chain = None
+            count = token >> 16
+            room -= count
+            if room < 0:
+                raise _BrokenRing(f"more than {size} descriptors in flight")
+            if chain is not None:
+                chain._token = token
+                chain._holder = self
+                chain._read_at = chain._write_at = 0
+                append(chain)
+            position += count
+            if position >= size:
+                position -= size
+                wanted ^= PACKED_F_BOTH
+        self._next_avail = position
+        self._avail_wrap = int(wanted == PACKED_F_AVAIL)
+        self.outstanding = size - room
+        self._hand_out(taken)
+        return taken
+
+    def put_back(self, chains: Sequence[DescriptorChain]) -> None:
+        count = sum(chain._token >> 16 for chain in chains)
+        self._next_avail -= count
+        if self._next_avail < 0:
+            self._next_avail += self.size
+            self._avail_wrap ^= 1
+        self.outstanding -= count
+        self._undo_hand_out(chains)
+
+    def _descriptors(self, position: int) -> list[bytes]:
+        """Copies of the descriptors from `position` to the end of the chain."""
+        copies: list[bytes] = []
+        while len(copies) < self.size:
+            copy = bytes(self._desc[16 * position : 16 * position + 16])
+            copies.append(copy)
+            if not _PACKED_DESCRIPTOR.unpack(copy)[3] & DESC_F_NEXT:
+                return copies
+            position = position + 1 if position + 1 < self.size else 0
+        raise _BrokenRing(f"a chain of more than {self.size} descriptors")
+
+    def _extent(self, position: int) -> int:
+        """The token of a chain that cannot be parsed: its id and how many descriptors it takes."""
+        copies = self._descriptors(position)
+        identity: int = _PACKED_DESCRIPTOR.unpack(copies[-1])[2]
+        return len(copies) << 16 | identity
+
+    def _parse(self, position: int, content: bytes | None, token: int) -> tuple[DescriptorChain, int]:
+        """The chain at `position`, and its token. `content`: its indirect table's bytes, where it is known to have one."""
+        if content is None:
+            copies = self._descriptors(position)
+            token = len(copies) << 16 | _PACKED_DESCRIPTOR.unpack(copies[-1])[2]
+            address, length, _, flags = _PACKED_DESCRIPTOR.unpack(copies[0])
+            if not flags & DESC_F_INDIRECT:
+                return self._parse_direct(position, copies, token), token
+            if flags & DESC_F_NEXT:
+                raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
+            content = bytes(self._table(address, length, copies[0]))
+            self._spans[position] = slice(16 * position, 16 * position + 16)
+        chain = self._chain(token, self._table_pieces(content))
+        self._remember(self._by_table, content, chain)
+        return chain, token
+
+    def _parse_direct(self, position: int, copies: list[bytes], token: int) -> DescriptorChain:
+        pieces: list[_Piece] = []
+        for copy in copies:
+            address, length, _, flags = _PACKED_DESCRIPTOR.unpack(copy)
+            if flags & DESC_F_INDIRECT:
+                raise _MalformedChain("an indirect descriptor inside a chain")
+            if length:
+                pieces.append((address, length, flags & DESC_F_WRITE))
+        chain = self._chain(token, pieces)
+        if position + len(copies) <= self.size:
+            self._spans[position] = slice(16 * position, 16 * (position + len(copies)))
+            self._remember(self._direct, b"".join(copies), chain)
+        return chain
+
+    @staticmethod
+    def _table_pieces(content: bytes) -> list[_Piece]:
+        fields = _table_struct(len(content) // 16).unpack(content)
+        pieces: list[_Piece] = []
+        for address, length, flags in zip(fields[0::4], fields[1::4], fields[3::4]):
+            if flags & DESC_F_INDIRECT:
+                raise _MalformedChain("an indirect descriptor inside an indirect table")
+            if length:
+                pieces.append((address, length, flags & DESC_F_WRITE))
+        return pieces
+
+    def _publish(self, batch: list[tuple[int, int]]) -> None:
+        desc, size, position = self._desc, self.size, self._next_used
+        first, first_flags = position, 0
+        bits = PACKED_F_BOTH if self._used_wrap else 0
+        for number, (token, length) in enumerate(batch):
+            flags = bits | DESC_F_WRITE if length else bits
+            if number:
+                _PACKED_USED.pack_into(desc, 16 * position + 8, length, token & 0xFFFF, flags)
+            else:  # the first one's flags show the whole batch: they come last
+                first_flags = flags
+                _PACKED_USED.pack_into(desc, 16 * position + 8, length, token & 0xFFFF, self._load(self._flags, 8 * position + 7))
+            count = token >> 16
+            self.outstanding -= count
+            position += count
+            if position >= size:
+                position -= size
+                bits ^= PACKED_F_BOTH
+        if not STRONGLY_ORDERED:
+            self._fence()
+        self._flags[8 * first + 7] = _swap16(first_flags) if _SWAP else first_flags
+        self._next_used = position
+        self._used_wrap = int(bits != 0)
+
+    def enable_notification(self) -> bool:
+        if self.event_idx:
+            self._store(self._device_event, 0, self._next_avail | self._avail_wrap << 15)
+            if not STRONGLY_ORDERED:
+                self._fence()
+        self._store(self._device_event, 1, EVENT_FLAGS_DESC if self.event_idx else EVENT_FLAGS_ENABLE)
+        self._fence()
+        return self.available()
+
+    def disable_notification(self) -> None:
+        self._store(self._device_event, 1, EVENT_FLAGS_DISABLE)
+
+    def needs_notification(self) -> bool:
+        self._fence()
+        flags = self._load(self._driver_event, 1)
+        new, old = self._next_used, self._signalled
+        self._signalled = new
+        if flags != EVENT_FLAGS_DESC or not self.event_idx or old is None:
+            return flags != EVENT_FLAGS_DISABLE
+        event = self._load(self._driver_event, 0)
+        offset = event & 0x7FFF
+        if event >> 15 != self._used_wrap:
+            offset -= self.size
+        if new <= old:
+            old -= self.size
+        return (new - offset - 1) & 0xFFFF < (new - old) & 0xFFFF
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Rings of a daemon
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class VringT(Protocol):
+    """What a device may do with a ring; the crate's trait of that name. `VringState` documents the methods."""
+
+    def __iter__(self) -> Iterator[DescriptorChain]: ...
+    def add_used(self, chain: DescriptorChain, length: int) -> None: ...
+    def batch(self) -> ContextManager[None]: ...
+    def get_ref(self) -> ContextManager[VringState]: ...
+    def get_mut(self) -> ContextManager[VringState]: ...
+    def signal_used_queue(self) -> None: ...
+    def enable_notification(self) -> bool: ...
+    def disable_notification(self) -> None: ...
+    def needs_notification(self) -> bool: ...
+    def set_enabled(self, enabled: bool) -> None: ...
+    def set_queue_info(self, desc_table: int, avail_ring: int, used_ring: int) -> None: ...
+    def queue_next_avail(self) -> int: ...
+    def queue_used_idx(self) -> int: ...
+    def set_queue_next_avail(self, base: int) -> None: ...
+    def set_queue_next_used(self, used: int) -> None: ...
+    def set_queue_size(self, num: int) -> None: ...
+    def set_queue_event_idx(self, enabled: bool) -> None: ...
+    def set_queue_ready(self, ready: bool) -> None: ...
+    def set_kick(self, fd: int | None) -> None: ...
+    def read_kick(self) -> bool: ...
+    def set_call(self, fd: int | None) -> None: ...
+    def set_err(self, fd: int | None) -> None: ...
+
+
+class _NoLock:
+    """For a ring that one thread alone uses."""
+
+    def acquire(self, wait: bool = True) -> bool:
+        return True
+
+    def acquire_first(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+
+class _RingLock:
+    """A reentrant lock for one worker that takes it batch after batch, and for others who want to change the ring now and then.
+
+    Python's locks are not fair: a busy worker that releases and takes again would keep everybody else out. So the others stand in a
+    gate while they wait, and the worker passes through that gate before each batch.
+    """
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self._lock = threading.Lock()
+        self._owner = 0
+        self._depth = 0
+
+    def acquire(self, wait: bool = True) -> bool:
+        """As the worker, or (with `wait` false) as anybody who can do without."""
+        me = threading.get_ident()
+        if self._owner != me:
+            if wait:
+                with self._gate:
+                    pass
+            if not self._lock.acquire(wait):
+                return False
+            self._owner = me
+        self._depth += 1
+        return True
+
+    def release(self) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = 0
+            self._lock.release()
+
+    def acquire_first(self) -> None:
+        """Before the worker's next batch."""
+        me = threading.get_ident()
+        if self._owner != me:
+            with self._gate:
+                self._lock.acquire()
+            self._owner = me
+        self._depth += 1
+
+
+class _ReadersLock(_RingLock):
+    """The same, and any number of threads may read while nobody changes anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._readers = 0
+        self._counting = threading.Lock()
+
+    def acquire_shared(self) -> None:
+        if self._owner == threading.get_ident():
+            self._depth += 1
+            return
+        with self._gate, self._counting:
+            if not self._readers:
+                self._lock.acquire()
+            self._readers += 1
+
+    def release_shared(self) -> None:
+        if self._owner == threading.get_ident():
+            self.release()
+            return
+        with self._counting:
+            self._readers -= 1
+            if not self._readers:
+                self._lock.release()
+
+
+class VringState:
+    """A ring of a daemon: a queue, its eventfds, its two switches. No lock: for one thread alone.
+
+    A ring is served while it is *active*: started (SET_VRING_KICK) and enabled (SET_VRING_ENABLE), each switch kept while the other
+    is off; placed (its addresses are in guest memory); and not broken.
+
+    For a device: iterate over it for the chains that are available, give each to `add_used`, now or later and from any thread. While
+    the iteration runs, completions are gathered, published and signalled in batches; outside of it each is published at once, and
+    the driver notified if it wants that. `batch()` gathers there too.
+    """
+
+    _BUDGET = 512  # chains of one iteration, so that others get at the ring
+    _PASSES = 4  # iterations of one drain, so that other rings of the thread get their turn
+
+    def __init__(self, memory: GuestMemoryAtomic, max_queue_size: int = MAX_QUEUE_SIZE, index: int = 0) -> None:
+        self.index = index
+        self.max_queue_size = max_queue_size
+        self.started = False
+        self.enabled = False
+        self.active = False
+        self.broken: str | None = None
+        self.wake: Callable[[], None] = lambda: None  # makes the ring's worker look at it
+        self._lock: _NoLock | _RingLock = self._make_lock()
+        self._memory = memory
+        self._features = 0
+        self._size = max_queue_size
+        self._base = 0
+        self._info: tuple[int, int, int] | None = None
+        self._ready = False
+        self._queue: Queue | None = None
+        self._completed: list[tuple[int, int]] = []
+        self._depth = 0
+        self._idle = threading.Event()
+        self._kick: int | None = None
+        self._call: int | None = None
+        self._call_waits: select.poll | None = None
+        self._err: int | None = None
+        self._complaints = 0
+        self._quiet_until = 0.0
+
+    @staticmethod
+    def _make_lock() -> _NoLock | _RingLock:
+        return _NoLock()
+
+    def __repr__(self) -> str:
+        switches = [name for name in ("started", "enabled", "active", "broken") if getattr(self, name)]
+        return f"<ring {self.index}: {', '.join(switches) or 'stopped'}>"
+
+    # Access
+
+    @contextmanager
+    def get_mut(self) -> Iterator[VringState]:
+        """The ring for this thread alone, ahead of its worker's next batch."""
+        self._lock.acquire_first()
+        try:
+            yield self
+        finally:
+            self._release()
+
+    def get_ref(self) -> ContextManager[VringState]:
+        """The ring to read from, with nobody changing it."""
+        return self.get_mut()
+
+    def _release(self) -> None:
+        self._lock.release()
+        if self._completed and not self._depth:
+            self._flush_late()
+
+    @property
+    def queue(self) -> Queue | None:
+        """The queue in guest memory, while the ring is started and placed."""
+        return self._queue
+
+    @property
+    def in_flight(self) -> int:
+        """Chains (split) or descriptors (packed) that the device has taken and the driver has not seen come back."""
+        return self._queue.outstanding if self._queue else 0
+
+    @property
+    def malformed(self) -> int:
+        """Chains refused since the ring was started."""
+        return self._queue.malformed if self._queue else 0
+
+    # Serving
+
+    def __iter__(self) -> Iterator[DescriptorChain]:
+        """Every chain that is available, up to a budget. The ring's lock is held meanwhile. What a loop that is left early has not
+        been given stays available."""
+        with self.batch():
+            budget = self._BUDGET
+            while budget > 0:
+                chains = self._take()
+                if not chains:
+                    return
+                budget -= len(chains)
+                coming = iter(chains)
+                try:
+                    yield from coming
+                finally:
+                    rest = list(coming)
+                    if rest and self._queue:
+                        self._queue.put_back(rest)
+                self._flush()
+
+    def _take(self) -> list[DescriptorChain]:
+        queue = self._queue
+        if queue is None or not self.active:
+            return []
+        try:
+            return queue.take(16)
+        except _BrokenRing as reason:
+            self.fail(str(reason))
+            return []
+
+    def add_used(self, chain: DescriptorChain, length: int) -> None:
+        """The device is done with `chain`, and has written `length` bytes into it. From any thread, in any order.
+
+        Raises VringError when the chain was completed already. Of a ring that was stopped meanwhile, a chain is dropped.
+        """
+        queue = self._queue
+        if queue is None or chain._holder is not queue:
+            if chain._holder is None:
+                raise VringError(f"ring {self.index}: {chain} is given to add_used twice")
+            chain._holder = None
+            return
+        chain._holder = None
+        if queue.in_order:
+            self._lock.acquire()
+            try:
+                queue.complete_in_order(chain, length)
+            finally:
+                self._lock.release()
+        else:
+            self._completed.append((chain._token, length))
+        if not self._depth:
+            self._flush_late()
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Gather the completions made inside, publish them together at the end, and signal once. Nests."""
+        self._lock.acquire()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            try:
+                if self._depth == 1:
+                    self._flush()
+            finally:
+                self._depth -= 1
+                self._release()
+
+    def drain(self, process: Callable[[VringT], object]) -> bool:
+        """Let `process` (which iterates over the ring) take all there is, then arm notifications. Returns whether chains are left.
+
+        The order is suppress, process, publish, signal if wanted, re-enable, fence, look again.
+        """
+        for _ in range(self._PASSES):
+            with self.batch():
+                queue = self._queue
+                if queue is None or not self.active:
+                    return False
+                before = queue.taken
+                queue.disable_notification()
+                process(self)
+                self._flush()
+                progress = queue.taken != before
+                if self.broken is not None:
+                    return False
+                if progress and queue.available():
+                    continue
+                if not queue.enable_notification() or not progress:
+                    return False
+        return True
+
+    def _flush(self) -> None:
+        """Publish what is completed, and notify the driver if it wants that. The lock is held."""
+        queue = self._queue
+        if queue is not None and self._completed:
+            queue.publish()
+            if queue.needs_notification():
+                self._signal()
+            if not queue.outstanding:
+                self._idle.set()
+
+    def _flush_late(self) -> None:
+        """The same without the lock. Whoever has it will see `_completed` when it lets go: nobody waits here."""
+        while self._completed and self._lock.acquire(wait=False):
+            try:
+                if self._depth:
+                    return
+                self._flush()
+            finally:
+                self._lock.release()
+
+    def enable_notification(self) -> bool:
+        """Ask the driver to notify. Returns whether chains are available already, for which no notification may come."""
+        with self.get_mut():
+            return self._queue is not None and self._queue.enable_notification()
+
+    def disable_notification(self) -> None:
+        """Tell the driver that it need not notify."""
+        with self.get_mut():
+            if self._queue:
+                self._queue.disable_notification()
+
+    def needs_notification(self) -> bool:
+        """Whether the driver wants to be notified of what was published since the last call."""
+        with self.get_mut():
+            return self._queue is not None and self._queue.needs_notification()
+
+    def signal_used_queue(self) -> None:
+        """Notify the driver, whether it wants that or not."""
+        with self.get_mut():
+            self._signal()
+
+    def _signal(self) -> None:
+        call = self._call
+        if call is None or (self._call_waits and not self._call_waits.poll(0)):
+            return
+        try:
+            os.write(call, _EVENTFD_ONE)
+        except BlockingIOError:
+            pass  # its counter is full: it is signalled
+        except OSError as error:
+            self.complain(f"call eventfd: {error}")
+
+    def complain(self, text: str) -> None:
+        """Count what is wrong with the driver, and log it once in a while."""
+        self._complaints += 1
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + 1.0
+            log.warning("ring %d: %s (complaint %d)", self.index, text, self._complaints)
+
+    def fail(self, reason: str) -> None:
+        """Break the ring until it is started again: log why, and signal its err eventfd."""
+        with self.get_mut():
+            if self.broken is None:
+                self.broken = reason
+                self.active = False
+                log.error("ring %d is broken until it is started again: %s", self.index, reason)
+                if self._err is not None:
+                    try:
+                        os.write(self._err, _EVENTFD_ONE)
+                    except OSError as error:
+                        log.warning("ring %d: err eventfd: %s", self.index, error)
+
+    # Configuration
+
+    def set_queue_features(self, features: int) -> None:
+        """The negotiated virtio features (bits of virtio 1.3 §6) as far as they concern rings. Takes effect when the ring starts."""
+        with self.get_mut():
+            self._features = features
+
+    def set_queue_size(self, num: int) -> None:
+        """Entries. Raises VringError when there are more than the device allows, or none."""
+        if not 0 < num <= self.max_queue_size:
+            raise VringError(f"ring {self.index}: {num} entries, the device allows 1 to {self.max_queue_size}")
+        with self.get_mut():
+            self._size = num
+
+    def set_queue_info(self, desc_table: int, avail_ring: int, used_ring: int) -> None:
+        """Guest addresses of the descriptor table (or packed ring), the driver area and the device area, in the current memory.
+
+        A ring that runs goes on there. Raises GuestMemoryError when an area is not in RAM, VringError when one is misaligned.
+        """
+        with self.get_mut():
+            self._info = (desc_table, avail_ring, used_ring)
+            if self._queue:
+                self._queue.move(self._memory.memory(), self._info)
+
+    def set_queue_next_avail(self, base: int) -> None:
+        """Where to go on (SET_VRING_BASE). Takes effect when the ring starts."""
+        with self.get_mut():
+            self._base = base
+
+    def set_queue_next_used(self, used: int) -> None:
+        """Where a packed ring puts its next used descriptor: index and wrap counter as in SET_VRING_BASE's upper half. A split ring
+        keeps that in guest memory."""
+        with self.get_mut():
+            self._base = self._base & 0xFFFF | used << 16
+
+    def set_queue_event_idx(self, enabled: bool) -> None:
+        """Whether VIRTIO_F_EVENT_IDX is negotiated. Takes effect when the ring starts."""
+        with self.get_mut():
+            self._features = self._features & ~(1 << VIRTIO_F_EVENT_IDX) | enabled << VIRTIO_F_EVENT_IDX
+
+    def queue_next_avail(self) -> int:
+        """Where the ring goes on (GET_VRING_BASE)."""
+        with self.get_ref():
+            return self._queue.base if self._queue else self._base
+
+    def queue_used_idx(self) -> int:
+        """The used index (split: as in guest memory). Raises VringError when the ring is not started."""
+        with self.get_ref():
+            if self._queue is None:
+                raise VringError(f"ring {self.index} is not started")
+            return self._queue.used_index
+
+    def set_enabled(self, enabled: bool) -> None:
+        """The ring's second switch (SET_VRING_ENABLE)."""
+        with self.get_mut():
+            self.enabled = enabled
+            self._settle()
+
+    def set_queue_ready(self, ready: bool) -> None:
+        """Whether the addresses of `set_queue_info` are good in the current guest memory."""
+        with self.get_mut():
+            self._ready = ready
+            self._settle()
+
+    def start(self) -> None:
+        """The ring's first switch on (SET_VRING_KICK). Raises VringError, GuestMemoryError when it cannot run as configured."""
+        with self.get_mut():
+            self.started = True
+            self.broken = None
+            self._settle()
+
+    def suspend(self) -> None:
+        """The first switch off: no further chain is taken. What is in flight may still be completed."""
+        with self.get_mut():
+            self.started = False
+            self._settle()
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until nothing is in flight. Returns whether that is so."""
+        with self.get_mut():
+            self._idle.clear()
+            if not self.in_flight:
+                return True
+        return self._idle.wait(timeout)
+
+    def stop(self) -> int:
+        """Let go of the queue and of the kick and call eventfds; configuration stays. Returns where the ring would go on. A chain that
+        is still in flight is lost to the driver."""
+        with self.get_mut():
+            self.started = False
+            if self._queue:
+                self._base = self._queue.base
+            self._queue = None
+            self._completed = []
+            self._settle()
+            self.read_kick()
+            self.set_kick(None)
+            self.set_call(None)
+            return self._base
+
+    def reset(self) -> None:
+        """Stop, disable and forget all configuration: as new."""
+        with self.get_mut():
+            self.stop()
+            self.set_err(None)
+            self.enabled = self._ready = False
+            self.broken = self._info = None
+            self._base = self._features = 0
+            self._size = self.max_queue_size
+
+    def _settle(self) -> None:
+        """Bring the queue and `active` in line with the switches. A ring that becomes active is looked at, kick or no kick."""
+        was_active = self.active
+        self.active = False
+        if self.started and self._ready and self._queue is None and self._info:
+            kind = PackedQueue if self._features >> VIRTIO_F_RING_PACKED & 1 else SplitQueue
+            queue = kind(self._memory.memory(), self._size, self._info, self._features, self.complain)
+            queue.start(self._base)
+            self._queue = queue
+            self._completed = queue.completed
+        self.active = self.started and self.enabled and self._ready and self._queue is not None and self.broken is None
+        if self.active and not was_active:
+            self.wake()
+
+    # Eventfds
+
+    @property
+    def kick(self) -> int | None:
+        """The kick eventfd's number. None for a ring that is polled."""
+        return self._kick
+
+    def set_kick(self, fd: int | None) -> None:
+        """The ring owns the eventfd from here on; the one before is closed."""
+        with self.get_mut():
+            _close(self._kick)
+            self._kick = fd
+
+    def set_call(self, fd: int | None) -> None:
+        """As set_kick. Not only eventfds: User-mode Linux gives a pipe."""
+        with self.get_mut():
+            _close(self._call)
+            self._call = fd
+            self._call_waits = None if fd is None or _is_eventfd(fd) else _writable_poll(fd)
+
+    def set_err(self, fd: int | None) -> None:
+        """As set_kick."""
+        with self.get_mut():
+            _close(self._err)
+            self._err = fd
+
+    def read_kick(self) -> bool:
+        """Clear the kick eventfd, without ever waiting. Returns whether the ring is active."""
+        if self._kick is not None:
+            _clear(self._kick)
+        return self.active
+
+    def unblock(self) -> None:
+        """Free a worker that waits in its signal because the front-end filled the call eventfd's counter to the brim."""
+        if self._call is not None:
+            _clear(self._call)
+
+
+class VringMutex(VringState):
+    """A ring behind a lock: for any number of threads."""
+
+    @staticmethod
+    def _make_lock() -> _RingLock:
+        return _RingLock()
+
+
+class VringRwLock(VringState):
+    """A ring behind a readers-writer lock: `get_ref` in several threads at once."""
+
+    @staticmethod
+    def _make_lock() -> _ReadersLock:
+        return _ReadersLock()
+
+    @contextmanager
+    def get_ref(self) -> Iterator[VringState]:
+        lock = self._lock
+        assert isinstance(lock, _ReadersLock)
+        lock.acquire_shared()
+        try:
+            yield self
+        finally:
+            lock.release_shared()
+            if self._completed and not self._depth:
+                self._flush_late()
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
+
+
+def _clear(fd: int) -> None:
+    """Read an eventfd's counter or a pipe's bytes without waiting, whatever mode the front-end keeps the shared open file in."""
+    try:
+        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+    except OSError:
+        pass  # nothing to clear, or nothing that can be cleared
+
+
+def _is_eventfd(fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    except OSError:
+        return False
+
+
+def _writable_poll(fd: int) -> select.poll:
+    """To look before each write: a pipe or a socket that nobody reads would block it."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return poll
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Driver side
+# ---------------------------------------------------------------------------------------------------------------------------
+
+Buffer = tuple[int, int]
+"""Guest address and length in bytes of one part of a chain."""
+
+
+def _align(offset: int, unit: int) -> int:
+    return -(-offset // unit) * unit
+
+
+class DriverQueue(ABC):
+    """The driver side of a virtqueue: adds chains, collects what was used. One thread at a time.
+
+    Its memory: `layout(size)` says how much, and where in it the three areas are. With `tables`, the guest address of
+    `size * TABLE_BYTES` more, chains go into indirect tables.
+    """
+
+    TABLE_ENTRIES = 32
+    TABLE_BYTES = 16 * TABLE_ENTRIES
+
+    def __init__(self, memory: GuestMemoryMmap, size: int, areas: tuple[int, int, int], features: int = 0, tables: int | None = None) -> None:
+        self.size = size
+        self.areas = areas
+        self.free = size
+        self._event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
+        self._in_order = bool(features >> VIRTIO_F_IN_ORDER & 1)
+        self._tables = tables
+        self._memory = memory
+        self._fence = Fence()
+        self._tokens: dict[int, tuple[object, int]] = {}  # by id: what the caller gave, descriptors taken
+        self._sequence: deque[int] = deque()  # ids in the order they were added
+        self._unshown = 0
+        self._map()
+
+    @classmethod
+    @abstractmethod
+    def layout(cls, size: int) -> tuple[int, tuple[int, int, int]]:
+        """How many bytes a queue of `size` entries takes, and the offsets of its areas therein."""
+
+    @abstractmethod
+    def _map(self) -> None: ...
+
+    @abstractmethod
+    def _place(self, pieces: list[_Piece]) -> int:
+        """Write the descriptors; returns the chain's id."""
+
+    @abstractmethod
+    def _show(self) -> bool: ...
+
+    @abstractmethod
+    def _next_used(self) -> tuple[int, int] | None:
+        """(id, length) of the next used element."""
+
+    @abstractmethod
+    def enable_notification(self) -> bool:
+        """Ask the device to notify. Returns whether there is something used already."""
+
+    @abstractmethod
+    def disable_notification(self) -> None:
+        """Tell the device that it need not notify."""
+
+    def add(self, readable: Sequence[Buffer], writable: Sequence[Buffer], token: object = None) -> int:
+        """Put a chain into the queue, not yet visible to the device: see `publish`. Returns its id.
+
+        Raises VringError when there is no room, or the chain is too long for an indirect table."""
+        pieces = [(address, length, 0) for address, length in readable] + [(address, length, DESC_F_WRITE) for address, length in writable]
+        taken = 1 if self._tables is not None else len(pieces)
+        if not pieces or taken > self.free:
+            raise VringError(f"a chain of {len(pieces)} descriptors, with {self.free} of {self.size} free")
+        if self._tables is not None and len(pieces) > self.TABLE_ENTRIES:
+            raise VringError(f"a chain of {len(pieces)} descriptors, an indirect table has room for {self.TABLE_ENTRIES}")
+        identity = self._place(pieces)
+        self.free -= taken
+        self._tokens[identity] = (token, taken)
+        self._sequence.append(identity)
+        self._unshown += 1
+        return identity
+
+    def publish(self) -> bool:
+        """Show the device all that was added. Returns whether it wants to be notified."""
+        if not self._unshown:
+            return False
+        wanted = self._show()
+        self._unshown = 0
+        return wanted
+
+    def used(self) -> list[tuple[object, int]]:
+        """What the device has used since the last call: each chain's token, and how many bytes the device says it wrote.
+
+        Raises VringError when the device returns what it was not given."""
+        found: list[tuple[object, int]] = []
+        while True:
+            element = self._next_used()
+            if element is None:
+                return found
+            identity, length = element
+            if identity not in self._tokens:
+                raise VringError(f"the device returned chain {identity}, which it does not have")
+            if self._in_order:
+                # One element may stand for all before it, whose lengths are then not told (virtio 1.3 §2.7.9, §2.8.10)
+                while self._sequence[0] != identity:
+                    found.append((self._release(self._sequence[0]), 0))
+            found.append((self._release(identity), length))
+
+    def _release(self, identity: int) -> object:
+        token, taken = self._tokens.pop(identity)
+        self._sequence.remove(identity)
+        self.free += taken
+        self._recycle(identity, taken)
+        return token
+
+    @abstractmethod
+    def _recycle(self, identity: int, taken: int) -> None: ...
+
+    def _write_table(self, slot: int, pieces: list[_Piece], packed: bool) -> Buffer:
+        assert self._tables is not None
+        fields: list[int] = []
+        for number, (address, length, write) in enumerate(pieces, 1):
+            more = number < len(pieces)
+            fields += (address, length, 0, write) if packed else (address, length, write | (DESC_F_NEXT if more else 0), number if more else 0)
+        address = self._tables + slot * self.TABLE_BYTES
+        self._memory.write(address, _table_struct(len(pieces)).pack(*fields))
+        return address, 16 * len(pieces)
+
+
+class SplitDriverQueue(DriverQueue):
+    """The driver side of a split virtqueue (virtio 1.3 §2.7)."""
+
+    @classmethod
+    def layout(cls, size: int) -> tuple[int, tuple[int, int, int]]:
+        used = _align(16 * size + 6 + 2 * size, 64)
+        return used + 6 + 8 * size, (0, 16 * size, used)
+
+    def _map(self) -> None:
+        size = self.size
+        self._desc = self._memory.view(self.areas[0], 16 * size)
+        self._avail = self._memory.view(self.areas[1], 6 + 2 * size).cast("H")
+        self._used = self._memory.view(self.areas[2], 6 + 8 * size)
+        self._used16 = self._used.cast("H")
+        self._free_heads = deque(range(size))
+        self._chains: dict[int, list[int]] = {}
+        self._index = 0  # the next available index, not yet shown
+        self._seen = 0
+
+    _load = staticmethod(SplitQueue._load)
+    _store = staticmethod(SplitQueue._store)
+
+    def _place(self, pieces: list[_Piece]) -> int:
+        if self._tables is not None:
+            slot = self._free_heads.popleft()
+            indices = [slot]
+            address, length = self._write_table(slot, pieces, packed=False)
+            _SPLIT_DESCRIPTOR.pack_into(self._desc, 16 * slot, address, length, DESC_F_INDIRECT, 0)
+        else:
+            indices = [self._free_heads.popleft() for _ in pieces]
+            for number, (slot, (address, length, write)) in enumerate(zip(indices, pieces), 1):
+                more = number < len(pieces)
+                flags = write | (DESC_F_NEXT if more else 0)
+                _SPLIT_DESCRIPTOR.pack_into(self._desc, 16 * slot, address, length, flags, indices[number] if more else 0)
+        head = indices[0]
+        self._chains[head] = indices
+        self._store(self._avail, 2 + self._index % self.size, head)
+        self._index = (self._index + 1) & 0xFFFF
+        return head
+
+    def _recycle(self, identity: int, taken: int) -> None:
+        self._free_heads.extend(self._chains.pop(identity))
+
+    def _show(self) -> bool:
+        old = (self._index - self._unshown) & 0xFFFF
+        self._fence()
+        self._store(self._avail, 1, self._index)
+        self._fence()
+        if not self._event_idx:
+            return not self._load(self._used16, 0) & USED_F_NO_NOTIFY
+        event = self._load(self._used16, 2 + 4 * self.size)
+        return (self._index - event - 1) & 0xFFFF < (self._index - old) & 0xFFFF
+
+    def _next_used(self) -> tuple[int, int] | None:
+        if self._load(self._used16, 1) == self._seen:
+            return None
+        if not STRONGLY_ORDERED:
+            self._fence()
+        identity, length = _used_struct(1).unpack_from(self._used, 4 + 8 * (self._seen % self.size))
+        self._seen = (self._seen + 1) & 0xFFFF
+        return identity, length
+
+    def enable_notification(self) -> bool:
+        if self._event_idx:
+            self._store(self._avail, 2 + self.size, self._seen)
+        else:
+            self._store(self._avail, 0, 0)
+        self._fence()
+        return self._load(self._used16, 1) != self._seen
+
+    def disable_notification(self) -> None:
+        if self._event_idx:
+            self._store(self._avail, 2 + self.size, (self._seen - 1) & 0xFFFF)
+        else:
+            self._store(self._avail, 0, AVAIL_F_NO_INTERRUPT)
+
+
+class PackedDriverQueue(DriverQueue):
+    """The driver side of a packed virtqueue (virtio 1.3 §2.8)."""
+
+    @classmethod
+    def layout(cls, size: int) -> tuple[int, tuple[int, int, int]]:
+        return 16 * size + 8, (0, 16 * size, 16 * size + 4)
+
+    def _map(self) -> None:
+        self._desc = self._memory.view(self.areas[0], 16 * self.size)
+        self._flags = self._desc.cast("H")
+        self._driver_event = self._memory.view(self.areas[1], 4).cast("H")
+        self._device_event = self._memory.view(self.areas[2], 4).cast("H")
+        self._free_ids = deque(range(self.size))
+        self._position = self._used_position = 0
+        self._wrap = self._used_wrap = 1
+        self._hidden: tuple[int, int] | None = None  # position and flags of the first descriptor that is not yet shown
+        self._added = 0  # descriptors that are not yet shown
+
+    _load = staticmethod(SplitQueue._load)
+    _store = staticmethod(SplitQueue._store)
+
+    def _place(self, pieces: list[_Piece]) -> int:
+        identity = self._free_ids.popleft()
+        if self._tables is not None:
+            address, length = self._write_table(identity, pieces, packed=True)
+            pieces = [(address, length, DESC_F_INDIRECT)]
+        for number, (address, length, flags) in enumerate(pieces, 1):
+            if number < len(pieces):
+                flags |= DESC_F_NEXT
+            flags |= PACKED_F_AVAIL if self._wrap else PACKED_F_USED
+            if self._hidden is None:
+                self._hidden = (self._position, flags)
+                flags = self._load(self._flags, 8 * self._position + 7)
+            _PACKED_DESCRIPTOR.pack_into(self._desc, 16 * self._position, address, length, identity, flags)
+            self._position += 1
+            if self._position == self.size:
+                self._position = 0
+                self._wrap ^= 1
+        self._added += len(pieces)
+        return identity
+
+    def _recycle(self, identity: int, taken: int) -> None:
+        self._free_ids.append(identity)
+        self._used_position += taken
+        if self._used_position >= self.size:
+            self._used_position -= self.size
+            self._used_wrap ^= 1
+
+    def _show(self) -> bool:
+        assert self._hidden is not None
+        position, flags = self._hidden
+        self._fence()
+        self._store(self._flags, 8 * position + 7, flags)
+        self._fence()
+        count, self._added, self._hidden = self._added, 0, None
+        suppression = self._load(self._device_event, 1)
+        if suppression != EVENT_FLAGS_DESC or not self._event_idx:
+            return suppression != EVENT_FLAGS_DISABLE
+        event = self._load(self._device_event, 0)
+        offset = event & 0x7FFF
+        if event >> 15 != self._wrap:
+            offset -= self.size
+        new = self._position
+        return (new - offset - 1) & 0xFFFF < count
+
+    def _next_used(self) -> tuple[int, int] | None:
+        flags = self._load(self._flags, 8 * self._used_position + 7)
+        if flags & PACKED_F_BOTH != (PACKED_F_BOTH if self._used_wrap else 0):
+            return None
+        if not STRONGLY_ORDERED:
+            self._fence()
+        _, length, identity, _ = _PACKED_DESCRIPTOR.unpack_from(self._desc, 16 * self._used_position)
+        return identity, length
+
+    def enable_notification(self) -> bool:
+        if self._event_idx:
+            self._store(self._driver_event, 0, self._used_position | self._used_wrap << 15)
+            if not STRONGLY_ORDERED:
+                self._fence()
+        self._store(self._driver_event, 1, EVENT_FLAGS_DESC if self._event_idx else EVENT_FLAGS_ENABLE)
+        self._fence()
+        flags = self._load(self._flags, 8 * self._used_position + 7)
+        return flags & PACKED_F_BOTH == (PACKED_F_BOTH if self._used_wrap else 0)
+
+    def disable_notification(self) -> None:
+        self._store(self._driver_event, 1, EVENT_FLAGS_DISABLE)
