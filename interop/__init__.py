@@ -6,7 +6,7 @@
 
 The peers come from Debian 12's own packages (packages.txt; QEMU 7.2: the oldest) and from a chroot of Debian sid
 (sid.py; QEMU 11.1, Linux 7.2, User-mode Linux 7.2, libblkio: the newest). What is missing is a skip that names it; with
-VHOST_USER_INTEROP_REQUIRED=1 it is a failure. VHOST_USER_INTEROP_DISK=ours|qsd|rust picks the disk under test, so that
+VHOST_USER_INTEROP_REQUIRED=1 it is a failure. VHOST_USER_INTEROP_DISK=ours|qsd picks the disk under test, so that
 the tests can be tried on a back-end that is known to be good.
 
 In reading order, each uses those above it:

@@ -31,7 +31,7 @@ _FIO = """
 set -e
 mount -t ext4 {dev} /mnt
 fio --name=verify --filename=/mnt/fio --size=12m --rw=randwrite --bs=4k --ioengine=libaio --iodepth=32 --direct=1 \\
-    --numjobs=1 --verify=crc32c --verify_fatal=1 --randseed={seed} --output-format=terse >/tmp/fio 2>&1 || {{ cat /tmp/fio; exit 1; }}
+    --verify=crc32c --verify_fatal=1 --randseed={seed} --output=/tmp/fio || {{ cat /tmp/fio; exit 1; }}
 umount /mnt
 e2fsck -f -n {dev}
 """
@@ -55,7 +55,7 @@ def fio_verify(guest: Guest, dev: str = "/dev/vda", seed: int = 1) -> None:
 
 def same_content(guest: Guest, image: Path, dev: str = "/dev/vda") -> None:
     """All of the image on the host equals what the guest reads back from the device itself."""
-    inside = guest.run(f"sync; blockdev --flushbufs {dev}; echo 3 >/proc/sys/vm/drop_caches; md5sum <{dev}", timeout=240)
+    inside = guest.run(f"sync; echo 3 >/proc/sys/vm/drop_caches; md5sum <{dev}", timeout=240)
     outside = hashlib.md5(image.read_bytes()).hexdigest()
     if inside.split()[0] != outside:
         raise AssertionError(f"the guest reads other data ({inside}) than {image} has ({outside})")

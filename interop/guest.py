@@ -127,14 +127,17 @@ class Guest:
         with self._console_on_error(f"in the guest: {script}"):
             return self._agent.run(script, timeout)
 
-    def wait_path(self, path: str, *, present: bool = True) -> None:
-        """Until a device node, say, came or went."""
-        wanted = "-e" if present else "! -e"
-        self.run(f"for i in $(seq 300); do [ {wanted} {path} ] && exit; sleep 0.1; done; ls /dev; dmesg | tail; exit 1")
+    def wait(self, condition: str) -> None:
+        """Until a shell condition holds inside."""
+        self.run(f"for i in $(seq 300); do {condition} && exit; sleep 0.1; done; ls /dev; dmesg | tail; exit 1")
+
+    def post(self, script: str) -> None:
+        """Without waiting for its end: for a script that ends the guest."""
+        self._agent.post(script)
 
     def reboot(self) -> None:
         """From inside, as `reboot` does it; the hypervisor stays."""
-        self._agent.post("reboot -f")
+        self.post("reboot -f")
         self.wait_ready()
 
     def kill(self) -> None:

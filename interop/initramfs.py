@@ -154,7 +154,7 @@ def _cpio(files: dict[str, tuple[int, bytes]]) -> bytes:
 
 
 def _entry(name: str, mode: int, data: bytes, device: tuple[int, int] = (0, 0)) -> bytes:
-    # inode, mode, uid, gid, links, mtime, size, device of the file, device that a node names, size of the name, checksum
+    # inode, mode, uid, gid, links, mtime, size, the file's device, a node's device, size of the name, checksum
     fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(name) + 1, 0)
     head = b"070701" + b"".join(b"%08x" % f for f in fields) + name.encode() + b"\0"
     return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)

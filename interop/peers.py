@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import sid
-from .support import PATIENCE, REPOSITORY, InteropTest, missing, needs, needs_sid, tail, wait_for
+from .support import PATIENCE, REPOSITORY, InteropTest, missing, needs_sid, tail, wait_for
 
 HERE = Path(__file__).resolve().parent
+SO_ACCEPTCON = 0x10000  # in the flags of /proc/net/unix
 DISK = os.environ.get("VHOST_USER_INTEROP_DISK", "ours")
 
 
@@ -73,7 +74,7 @@ def is_listening(socket: Path) -> bool:
     """From the kernel's table: a connection just to see would use up the one that a back-end serves at a time."""
     with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
         rows = (line.split(maxsplit=7) for line in table)
-        return any(len(r) == 8 and r[7].strip() == str(socket) and int(r[3], 16) & 0x10000 for r in rows if r[0] != "Num")
+        return any(r[-1].strip() == str(socket) and int(r[3], 16) & SO_ACCEPTCON for r in rows if r[0] != "Num")
 
 
 def start_backend(case: InteropTest, argv: Sequence[str], socket: Path) -> Process:
@@ -97,6 +98,7 @@ class Disk:
     image: Path
     read_only: bool = False
     num_queues: int = 1
+    packed: bool = True  # whether packed rings may be offered
 
 
 def _our_disk(disk: Disk, socket: Path) -> list[str]:
@@ -127,9 +129,8 @@ def _sid_storage_daemon(disk: Disk, socket: Path) -> list[str]:
 
 
 def rust_peer(disk: Disk, socket: Path) -> list[str]:
-    if disk.read_only:
-        missing("the Rust peer has no read-only mode")
-    return [str(build_rust_peer()), "--socket", str(socket), "--file", str(disk.image), "--queues", str(disk.num_queues)]
+    argv = [str(build_rust_peer()), "--socket", str(socket), "--file", str(disk.image)]
+    return [*argv, "--queues", str(disk.num_queues)]
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,6 @@ class DiskKind:
 DISKS = {
     "ours": DiskKind(_our_disk),
     "qsd": DiskKind(_sid_storage_daemon, frozenset({"packed", "in_order", "resize"})),
-    "rust": DiskKind(rust_peer, frozenset({"packed", "in_order", "resize", "discard"})),
 }
 
 
@@ -171,8 +171,8 @@ def build_rust_peer() -> Path:
 
     def compile_into(folder: Path) -> list[str]:
         shutil.copytree(source, folder / "source")
-        script = 'cd "$1/source" && CARGO_HOME="$1/home" cargo build --release --offline && mv target/release/rust-peer "$1"'
-        return ["sh", "-c", script, "build", str(folder)]
+        script = 'cd "$1/source" && CARGO_HOME="$1/home" cargo build --release --offline && mv target/release/$2 "$1"'
+        return ["sh", "-c", script, "build", str(folder), "rust-peer"]
 
     return _built("rust-peer", [p for p in sorted(source.rglob("*")) if p.is_file()], compile_into)
 
@@ -206,5 +206,3 @@ def _built(name: str, sources: list[Path], compile_into: Callable[[Path], list[s
             (folder / name).rename(program)
             shutil.rmtree(folder)
     return program
-
-

@@ -40,7 +40,12 @@ KERNEL_PACKAGES = ("linux-modules-V", "linux-binary-V", "linux-base-V")
 KERNEL_NAME = re.compile(r"linux-modules-(\d[\w.+~-]*-amd64)")
 
 # Documentation is left out, and no service is started in the chroot.
-DPKG_CONF = "path-exclude /usr/share/doc/*\npath-exclude /usr/share/locale/*\npath-exclude /usr/share/man/*\nforce-unsafe-io\n"
+DPKG_CONF = """\
+path-exclude /usr/share/doc/*
+path-exclude /usr/share/locale/*
+path-exclude /usr/share/man/*
+force-unsafe-io
+"""
 POLICY_RC_D = "#!/bin/sh\nexit 101\n"
 APT_GET = (
     "env",
@@ -73,7 +78,7 @@ def command(argv: Iterable[str], *, binds: Iterable[Path] = (), root: Path | Non
 
     The temporary folder and `binds` show there under their own names. /tmp is a bind like the others.
     """
-    folders = dict.fromkeys(str(Path(p).resolve()) for p in (tempfile.gettempdir(), *binds))
+    folders = dict.fromkeys(str(p.resolve()) for p in (Path(tempfile.gettempdir()), *binds))
     enter = ["unshare", "-m", "--propagation", "private", "sh", "-c", _ENTER, "enter-sid"]
     return [*enter, str(root or ROOT), str(len(folders)), *folders, *argv]
 

@@ -1,0 +1,128 @@
+"""QEMU's block layer as the front-end (libblkio inside), without any guest: fast, and a driver of its own making."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+from . import sid
+from .diskcheck import MIB
+from .peers import Disk, Process, serve_disk
+from .support import InteropTest, needs, needs_sid, tail
+
+SIZE = 64 * MIB
+
+
+class BlockLayer(InteropTest):
+    """Each command is a connection of its own: the back-end has to take the next one every time."""
+
+    def setUp(self) -> None:
+        needs("setpriv")
+        needs_sid()
+        self.socket = self.dir / "disk.sock"
+
+    def serve(self, *, read_only: bool = False) -> tuple[Path, Process]:
+        image = self.image("disk.img", SIZE)
+        return image, serve_disk(self, Disk(image, read_only=read_only), self.socket)
+
+    def disk(self, options: str = "") -> str:
+        return f"driver=virtio-blk-vhost-user,path={self.socket},cache.direct=on{',' * bool(options)}{options}"
+
+    def run_tool(self, *argv: str) -> tuple[int, str]:
+        log = self.dir / f"{argv[0]}.log"
+        process = Process(sid.command(argv, binds=[self.dir]), log)
+        self.addCleanup(process.kill)
+        try:
+            status = process.wait()
+        except subprocess.TimeoutExpired:
+            self.fail(f"hangs: {shlex.join(argv)}\n{tail(log)}")
+        output = log.read_text(encoding="utf-8")
+        log.unlink()
+        return status, output
+
+    def tool(self, *argv: str) -> str:
+        status, output = self.run_tool(*argv)
+        self.assertEqual(status, 0, output)
+        return output
+
+    def qemu_io(self, *commands: str) -> tuple[int, str]:
+        words = [word for command in commands for word in ("-c", command)]
+        return self.run_tool("qemu-io", "--image-opts", self.disk(), *words)
+
+    def succeeds(self, *commands: str) -> None:
+        status, output = self.qemu_io(*commands)
+        self.assertEqual(status, 0, output)
+        self.assertNotIn("failed", output)
+
+    def test_write_and_read_with_pattern(self) -> None:
+        image, _ = self.serve()
+        self.succeeds("write -P 0x5a 1M 64k", "read -P 0x5a 1M 64k", "read -P 0 0 1M", "read -P 0 1088k 64k", "flush")
+        self.succeeds("write -P 0xa5 512 512", "write -P 0xc3 63M 1M", "flush")
+        self.succeeds("read -P 0x5a 1M 64k", "read -P 0xa5 512 512", "read -P 0xc3 63M 1M", "read -P 0 0 512")
+        data = image.read_bytes()
+        self.assertEqual(data[MIB : MIB + 65536], b"\x5a" * 65536)
+        self.assertEqual(data[512:1024], b"\xa5" * 512)
+        self.assertEqual(data[63 * MIB :], b"\xc3" * MIB)
+
+    def test_wrong_pattern_is_noticed(self) -> None:
+        """The check itself works: other data than expected fails the command."""
+        self.serve()
+        status, output = self.qemu_io("write -P 0x5a 1M 64k", "read -P 0x5b 1M 64k")
+        self.assertNotEqual(status, 0)
+        self.assertIn("Pattern verification failed", output)
+
+    def test_scattered_buffers(self) -> None:
+        """One request of many buffers: long descriptor chains."""
+        self.serve()
+        self.succeeds("writev -P 0x11 4M 512 4k 64k 1k 8k 512", "readv -P 0x11 4M 1k 4k 64k 8k 512 512", "flush")
+        self.succeeds("readv -P 0x11 4M " + "512 " * 156, "write -P 0x22 8M 8M", "read -P 0x22 8M 8M")
+
+    def test_several_in_flight(self) -> None:
+        self.serve()
+        writes = [f"aio_write -P {n} {n}M 256k" for n in range(1, 49)]
+        reads = [f"aio_read -P {n} {n}M 256k" for n in range(1, 49)]
+        self.succeeds(*writes, "aio_flush", *reads, "aio_flush")
+
+    def test_discard_and_write_zeroes(self) -> None:
+        image, _ = self.serve()
+        self.succeeds("write -P 0x5a 0 8M", "flush", "discard 1M 1M", "write -z 4M 64k", "write -z -u 5M 64k", "flush")
+        self.succeeds("read -P 0 4M 64k", "read -P 0 5M 64k")
+        self.succeeds("read -P 0x5a 0 1M", "read -P 0x5a 2M 2M", "read -P 0x5a 4160k 960k", "read -P 0x5a 5184k 2880k")
+        self.assertEqual(image.read_bytes()[4 * MIB : 4 * MIB + 65536], bytes(65536))
+        self.assertEqual(image.stat().st_size, SIZE)
+
+    def test_past_the_end(self) -> None:
+        """Refused, and the disk goes on."""
+        self.serve()
+        for command in (f"read {SIZE} 64k", f"write {SIZE} 64k", f"read {SIZE - 4096} 64k"):
+            status, output = self.qemu_io(command)
+            self.assertNotEqual(status, 0, output)
+        self.succeeds(f"write -P 1 {SIZE - 4096} 4k", f"read -P 1 {SIZE - 4096} 4k")
+
+    def test_read_only(self) -> None:
+        image, _ = self.serve(read_only=True)
+        content = os.urandom(SIZE)
+        image.write_bytes(content)
+        status, output = self.qemu_io("write -P 1 0 64k")
+        self.assertNotEqual(status, 0, output)
+        self.tool("qemu-img", "convert", "--image-opts", self.disk("read-only=on"), "-O", "raw", str(self.dir / "out"))
+        self.assertEqual((self.dir / "out").read_bytes(), content)
+        self.assertEqual(image.read_bytes(), content)
+
+    def test_image_copied_in_and_out(self) -> None:
+        image, _ = self.serve()
+        source, out = self.dir / "source.raw", self.dir / "out.raw"
+        source.write_bytes(os.urandom(SIZE // 2) + bytes(SIZE // 4) + os.urandom(SIZE // 4))
+        self.tool("qemu-img", "convert", "-n", "-f", "raw", str(source), "--target-image-opts", self.disk())
+        self.tool("qemu-img", "convert", "--image-opts", self.disk(), "-O", "raw", str(out))
+        self.assertEqual(source.read_bytes(), out.read_bytes())
+        self.assertEqual(source.read_bytes(), image.read_bytes())
+
+    def test_bench_at_depth(self) -> None:
+        """The tool that reports every failed request: reads and writes, deep, small and large, with flushes."""
+        self.serve()
+        for options in ("-d 32 -s 4096", "-d 64 -s 4096 -w", "-d 8 -s 131072 -w --flush-interval=16", "-d 1 -s 512"):
+            bench = ["qemu-img", "bench", "--image-opts", self.disk(), "-c", "4000"]
+            self.assertIn("Run completed", self.tool(*bench, *options.split()))
