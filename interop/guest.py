@@ -39,7 +39,11 @@ class Channel:
         sock.settimeout(0.5)
 
     def send(self, data: bytes) -> None:
-        self._sock.sendall(data)
+        try:
+            self._sock.sendall(data)
+        except OSError as error:
+            self._check()
+            raise GuestError(f"the channel was closed: {error}") from None
 
     def line(self, deadline: float) -> bytes:
         while b"\n" not in self._data:
@@ -108,9 +112,9 @@ class Guest:
 
     def check(self) -> None:
         if not self.process.running():
-            raise GuestError(f"the guest ended: {self.process.died()}\n--- console\n{tail(self.console)}")
-        if PANIC.search(self.console.read_bytes()):
-            raise GuestError(f"the guest's kernel is in trouble:\n{tail(self.console)}")
+            raise GuestError(f"the guest ended: {self.process.died()}")
+        if trouble := PANIC.search(self.console.read_bytes()):
+            raise GuestError(f"the guest's kernel is in trouble: {trouble[0].decode()}")
 
     def wait_ready(self) -> None:
         with self._console_on_error("the guest didn't boot"):
