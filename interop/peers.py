@@ -67,7 +67,7 @@ class Process:
         return self._child.returncode
 
     def died(self) -> str:
-        return f"{self.argv[0]} ended with status {self._child.returncode}:\n{tail(self.log)}"
+        return f"{self.log.stem} ended with status {self._child.returncode}:\n{tail(self.log)}"
 
 
 def is_listening(socket: Path) -> bool:
@@ -118,8 +118,7 @@ def storage_daemon(disk: Disk, socket: Path, *, aio: str = "io_uring") -> list[s
         "--object",
         "iothread,id=t0",
         "--export",
-        f"type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable={writable},"
-        f"num-queues={disk.num_queues},iothread=t0",
+        f"type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable={writable},num-queues={disk.num_queues},iothread=t0",
     ]
 
 

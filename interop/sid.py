@@ -150,9 +150,7 @@ def _install(new: Path, run: _Logged) -> None:
     policy.write_text(POLICY_RC_D, encoding="ascii")
     policy.chmod(0o755)
     # What this machine needs to reach the mirror (a proxy, say), the chroot needs too.
-    acquire = subprocess.run(
-        ["apt-config", "dump", "--no-empty", "--format", '%f "%v";%n', "Acquire"], stdout=subprocess.PIPE, check=True
-    )
+    acquire = subprocess.run(["apt-config", "dump", "--no-empty", "--format", '%f "%v";%n', "Acquire"], stdout=subprocess.PIPE, check=True)
     (new / "etc/apt/apt.conf.d/90interop").write_bytes(acquire.stdout)
     for name in ("/etc/hosts", "/etc/resolv.conf"):
         if os.path.exists(name):
