@@ -470,9 +470,7 @@ class SplitQueue(Queue):
             return []
         size = self.size
         if waiting > size - self.outstanding:
-            raise _BrokenRing(
-                f"available index {index} is {waiting} ahead of {position}, with {self.outstanding} of {size} entries in flight"
-            )
+            raise _BrokenRing(f"available index {index} is {waiting} ahead of {position}, with {self.outstanding} of {size} entries in flight")
         if not STRONGLY_ORDERED:
             self._fence()
         start = position & (size - 1)
@@ -871,8 +869,8 @@ class _NoLock:
     def acquire(self, wait: bool = True) -> bool:
         return True
 
-    def acquire_first(self) -> None:
-        pass
+    def acquire_first(self, timeout: float = -1) -> bool:
+        return True
 
     def release(self) -> None:
         pass
@@ -910,14 +908,16 @@ class _RingLock:
             self._owner = 0
             self._lock.release()
 
-    def acquire_first(self) -> None:
-        """Before the worker's next batch."""
+    def acquire_first(self, timeout: float = -1) -> bool:
+        """Before the worker's next batch. Returns whether the lock was had within `timeout` seconds (-1: without end)."""
         me = threading.get_ident()
         if self._owner != me:
             with self._gate:
-                self._lock.acquire()
+                if not self._lock.acquire(timeout=timeout):
+                    return False
             self._owner = me
         self._depth += 1
+        return True
 
 
 class _ReadersLock(_RingLock):
@@ -1262,15 +1262,23 @@ class VringState:
     def start(self) -> None:
         """The ring's first switch on (SET_VRING_KICK). Raises VringError, GuestMemoryError when it cannot run as configured."""
         with self.get_mut():
+            if not self.started:
+                self.broken = None
             self.started = True
-            self.broken = None
             self._settle()
 
-    def suspend(self) -> None:
-        """The first switch off: no further chain is taken. What is in flight may still be completed."""
-        with self.get_mut():
-            self.started = False
+    def suspend(self, timeout: float = -1) -> bool:
+        """The first switch off: no further chain is taken. What is in flight may still be completed.
+
+        Returns false when the worker did not let go of the ring within `timeout` seconds (-1: wait without end)."""
+        self.started = self.active = False  # ends the worker's iteration
+        if not self._lock.acquire_first(timeout):
+            return False
+        try:
             self._settle()
+        finally:
+            self._release()
+        return True
 
     def wait_idle(self, timeout: float) -> bool:
         """Wait until nothing is in flight. Returns whether that is so."""
@@ -1296,10 +1304,9 @@ class VringState:
             return self._base
 
     def reset(self) -> None:
-        """Stop, disable and forget all configuration: as new."""
+        """Stop, disable and forget all configuration: as new, but for the err eventfd."""
         with self.get_mut():
             self.stop()
-            self.set_err(None)
             self.enabled = self._ready = False
             self.broken = self._info = None
             self._base = self._features = 0

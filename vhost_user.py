@@ -1,0 +1,1842 @@
+"""A framework for vhost-user back-ends: virtio devices in a process outside the VMM, in pure Python.
+
+A back-end gets guest RAM and eventfds from a front-end (a VMM) over a Unix socket and serves the virtqueues itself. A device is a
+subclass of `VhostUserBackend` or `VhostUserBackendMut`; `VhostUserDaemon` does the rest:
+
+    class Rng(VhostUserBackendMut):
+        def process_queue(self, vring):
+            for chain in vring:
+                vring.add_used(chain, chain.write(os.urandom(chain.writable_len)))
+
+    VhostUserDaemon("rng", Rng()).serve("/run/rng.sock")
+
+Needs the standard library alone, on Linux, with CPython 3.10 or newer. Vendor it with its two siblings, `vring` and `guest_memory`.
+
+In reading order:
+
+- Facts              feature bits, header flags
+- Payloads           one typed class for each layout of the protocol, with its check
+- Requests           the table: a row for each request, with payload, descriptors, reply and gate. Dispatcher, `Frontend` and log read it
+- Wire               `Message`, `Connection`: messages over a Unix socket, with the descriptors they own
+- Devices            `VhostUserBackend`, `VhostUserBackendMut`: what a device overrides
+- Workers            `VringEpollHandler`: a thread that serves rings and the device's own listeners
+- Sessions           one connection: its state, and a handler for each request
+- Daemon             `Listener`, `VhostUserDaemon`
+- Front-end          `Frontend`, `FrontendQueue`: the other side of all that
+- Programs           `run_device`: makes any device a program by the specification's conventions
+
+The peer is untrusted. What breaks the protocol raises `ProtocolError` and ends the connection; what cannot be done raises `Refused`
+and goes into the acknowledgement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+from abc import ABC
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import astuple, dataclass
+from enum import IntFlag
+from types import FrameType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+if TYPE_CHECKING or not __package__:
+    from guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap
+    from vring import (
+        VIRTIO_F_EVENT_IDX,
+        VIRTIO_F_IN_ORDER,
+        VIRTIO_F_INDIRECT_DESC,
+        VIRTIO_F_RING_PACKED,
+        VIRTIO_F_RING_RESET,
+        VIRTIO_F_VERSION_1,
+        Buffer,
+        DriverQueue,
+        PackedDriverQueue,
+        SplitDriverQueue,
+        VringError,
+        VringMutex,
+        VringRwLock,
+        VringState,
+        VringT,
+    )
+else:
+    from .guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap
+    from .vring import (
+        VIRTIO_F_EVENT_IDX,
+        VIRTIO_F_IN_ORDER,
+        VIRTIO_F_INDIRECT_DESC,
+        VIRTIO_F_RING_PACKED,
+        VIRTIO_F_RING_RESET,
+        VIRTIO_F_VERSION_1,
+        Buffer,
+        DriverQueue,
+        PackedDriverQueue,
+        SplitDriverQueue,
+        VringError,
+        VringMutex,
+        VringRwLock,
+        VringState,
+        VringT,
+    )
+
+__all__ = [
+    "FEATURES",
+    "PROTOCOL_FEATURES",
+    "REQUESTS",
+    "VHOST_USER_F_PROTOCOL_FEATURES",
+    "BackendChannel",
+    "Connection",
+    "Disconnected",
+    "Frontend",
+    "FrontendQueue",
+    "GuestMemoryAtomic",
+    "GuestMemoryMmap",
+    "Listener",
+    "Message",
+    "ProtocolError",
+    "Refused",
+    "Request",
+    "VhostUserBackend",
+    "VhostUserBackendMut",
+    "VhostUserDaemon",
+    "VhostUserError",
+    "VhostUserProtocolFeatures",
+    "VringEpollHandler",
+    "VringMutex",
+    "VringRwLock",
+    "VringState",
+    "VringT",
+    "run_device",
+]
+
+log = logging.getLogger("vhost_user")
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Facts
+# ---------------------------------------------------------------------------------------------------------------------------
+
+VHOST_USER_F_PROTOCOL_FEATURES = 30
+"""The virtio feature bit that says there are protocol features (vhost-user, "Feature negotiation")."""
+
+
+class VhostUserProtocolFeatures(IntFlag):
+    """vhost-user, "Protocol features"."""
+
+    MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
+    RARP = 1 << 2
+    REPLY_ACK = 1 << 3
+    MTU = 1 << 4
+    BACKEND_REQ = 1 << 5
+    CROSS_ENDIAN = 1 << 6
+    CRYPTO_SESSION = 1 << 7
+    PAGEFAULT = 1 << 8
+    CONFIG = 1 << 9
+    BACKEND_SEND_FD = 1 << 10
+    HOST_NOTIFIER = 1 << 11
+    INFLIGHT_SHMFD = 1 << 12
+    RESET_DEVICE = 1 << 13
+    INBAND_NOTIFICATIONS = 1 << 14
+    CONFIGURE_MEM_SLOTS = 1 << 15
+    STATUS = 1 << 16
+    XEN_MMAP = 1 << 17
+    SHARED_OBJECT = 1 << 18
+    DEVICE_STATE = 1 << 19
+    GET_VRING_BASE_INFLIGHT = 1 << 20
+    GPA_ADDRESSES = 1 << 21
+    SHMEM = 1 << 22
+
+
+_PF = VhostUserProtocolFeatures
+_NO_GATE = VhostUserProtocolFeatures(0)
+
+FEATURES = sum(
+    1 << bit
+    for bit in (
+        VIRTIO_F_INDIRECT_DESC,
+        VIRTIO_F_EVENT_IDX,
+        VHOST_USER_F_PROTOCOL_FEATURES,
+        VIRTIO_F_VERSION_1,
+        VIRTIO_F_RING_PACKED,
+        VIRTIO_F_IN_ORDER,
+        VIRTIO_F_RING_RESET,
+    )
+)
+"""Virtio features that the framework implements for every device."""
+
+PROTOCOL_FEATURES = _PF.MQ | _PF.REPLY_ACK | _PF.BACKEND_REQ | _PF.RESET_DEVICE | _PF.CONFIGURE_MEM_SLOTS | _PF.STATUS
+"""Protocol features that the framework implements for every device. CONFIG comes with a config space."""
+
+VERSION = 1
+FLAG_VERSION_MASK = 3
+FLAG_REPLY = 1 << 2
+FLAG_NEED_REPLY = 1 << 3
+FLAG_MASK = FLAG_VERSION_MASK | FLAG_REPLY | FLAG_NEED_REPLY
+
+HEADER = struct.Struct("=III")  # request, flags, payload size
+MAX_PAYLOAD = 12 + 4096
+MAX_FDS = 32  # in one message; the specification's memory table has 8
+MAX_CONFIG = 0x1000  # bytes of config space, as in the kernel's vhost
+
+STATUS_FEATURES_OK = 8  # virtio 1.3 §2.1
+CONFIG_FLAG_WRITABLE, CONFIG_FLAG_LIVE_MIGRATION = 0, 1
+
+
+class VhostUserError(Exception):
+    """What this module raises."""
+
+
+class ProtocolError(VhostUserError):
+    """The peer broke the protocol: the connection ends. The message names what is wrong and the likely cause."""
+
+
+class Refused(VhostUserError):
+    """A request that cannot be done: the acknowledgement says so, the connection stays."""
+
+
+class Disconnected(VhostUserError):
+    """The peer has closed the connection."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Payloads (native byte order; vhost-user, "Message specification")
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Payload(ABC):
+    """The part of a message behind its header."""
+
+    LAYOUT: ClassVar[struct.Struct]
+
+    def pack(self) -> bytes:
+        """The bytes on the wire."""
+        return self.LAYOUT.pack(*astuple(self))  # type: ignore[call-overload]
+
+    @classmethod
+    def unpack(cls: type[_P], data: bytes) -> _P:
+        """From the bytes on the wire. Raises ProtocolError when they are not such a payload."""
+        if len(data) != cls.LAYOUT.size:
+            raise ProtocolError(f"payload of {len(data)} bytes, {cls.__name__} has {cls.LAYOUT.size}")
+        payload = cls(*cls.LAYOUT.unpack(data))
+        payload.check()
+        return payload
+
+    def check(self) -> None:  # noqa: B027 - most payloads need none
+        """Raise ProtocolError when a value can never be right."""
+
+
+_P = TypeVar("_P", bound=Payload)
+
+
+@dataclass(frozen=True)
+class Empty(Payload):
+    """No payload."""
+
+    LAYOUT: ClassVar = struct.Struct("=")
+
+    def __str__(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class U64(Payload):
+    """A number."""
+
+    LAYOUT: ClassVar = struct.Struct("=Q")
+    value: int
+
+    def __str__(self) -> str:
+        return f"{self.value:#x}"
+
+
+@dataclass(frozen=True)
+class VringStatePayload(Payload):
+    """A ring's index and a number ("vring state description")."""
+
+    LAYOUT: ClassVar = struct.Struct("=II")
+    index: int
+    num: int
+
+    def __str__(self) -> str:
+        return f"ring {self.index}: {self.num:#x}"
+
+
+@dataclass(frozen=True)
+class VringAddr(Payload):
+    """A ring's areas, in user addresses ("vring address description")."""
+
+    LAYOUT: ClassVar = struct.Struct("=IIQQQQ")
+    index: int
+    flags: int
+    descriptor: int
+    used: int
+    available: int
+    log: int
+
+    def __str__(self) -> str:
+        return f"ring {self.index}: descriptors {self.descriptor:#x}, available {self.available:#x}, used {self.used:#x}, flags {self.flags:#x}"
+
+
+@dataclass(frozen=True)
+class VringFd(Payload):
+    """A ring's index, and whether an eventfd comes along."""
+
+    LAYOUT: ClassVar = struct.Struct("=Q")
+    NO_FD: ClassVar = 1 << 8
+    value: int
+
+    @property
+    def index(self) -> int:
+        """The ring, 0 … 255."""
+        return self.value & 0xFF
+
+    @property
+    def has_fd(self) -> bool:
+        """Whether an eventfd must come along."""
+        return not self.value & self.NO_FD
+
+    def check(self) -> None:
+        if self.value >> 9:
+            raise ProtocolError(f"value {self.value:#x} has bits beyond ring index and no-fd flag")
+
+    def __str__(self) -> str:
+        return f"ring {self.index}" + ("" if self.has_fd else " without eventfd")
+
+
+@dataclass(frozen=True)
+class MemRegion(Payload):
+    """A region of guest memory ("Memory region description")."""
+
+    LAYOUT: ClassVar = struct.Struct("=QQQQ")
+    guest_addr: int
+    size: int
+    user_addr: int
+    mmap_offset: int
+
+    def __str__(self) -> str:
+        return f"{self.size:#x} bytes at guest {self.guest_addr:#x}, user {self.user_addr:#x}, offset {self.mmap_offset:#x}"
+
+
+@dataclass(frozen=True)
+class MemReg(MemRegion):
+    """The same, alone in a message ("Single memory region description")."""
+
+    LAYOUT: ClassVar = struct.Struct("=QQQQQ")
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(0, *astuple(self))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> MemReg:
+        if len(data) != cls.LAYOUT.size:
+            raise ProtocolError(f"payload of {len(data)} bytes, a memory region has {cls.LAYOUT.size}")
+        return cls(*cls.LAYOUT.unpack(data)[1:])
+
+
+@dataclass(frozen=True)
+class MemTable(Payload):
+    """All regions of guest memory ("Multiple memory regions description")."""
+
+    LAYOUT: ClassVar = struct.Struct("=II")
+    regions: tuple[MemRegion, ...]
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(len(self.regions), 0) + b"".join(region.pack() for region in self.regions)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> MemTable:
+        head, item = cls.LAYOUT.size, MemRegion.LAYOUT.size
+        if len(data) < head:
+            raise ProtocolError(f"payload of {len(data)} bytes, a memory table has at least {head}")
+        count, _ = cls.LAYOUT.unpack_from(data)
+        if count > MAX_FDS:
+            raise ProtocolError(f"a memory table of {count} regions, more than {MAX_FDS}")
+        if len(data) < head + count * item:
+            raise ProtocolError(f"payload of {len(data)} bytes, a memory table of {count} regions has {head + count * item}")
+        return cls(tuple(MemRegion.unpack(data[at : at + item]) for at in range(head, head + count * item, item)))
+
+    def __str__(self) -> str:
+        return f"{len(self.regions)} regions: " + "; ".join(map(str, self.regions))
+
+
+@dataclass(frozen=True)
+class Config(Payload):
+    """A part of the device's config space ("Virtio device config space")."""
+
+    LAYOUT: ClassVar = struct.Struct("=III")
+    offset: int
+    flags: int
+    data: bytes
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.offset, len(self.data), self.flags) + self.data
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Config:
+        head = cls.LAYOUT.size
+        if len(data) < head:
+            raise ProtocolError(f"payload of {len(data)} bytes, a config space access has at least {head}")
+        offset, size, flags = cls.LAYOUT.unpack_from(data)
+        if len(data) != head + size:
+            raise ProtocolError(f"payload of {len(data)} bytes, a config space access of {size} bytes has {head + size}")
+        if offset + size > MAX_CONFIG:
+            raise ProtocolError(f"config space access to {size} bytes at {offset}, the most is {MAX_CONFIG}")
+        return cls(offset, flags, data[head:])
+
+    def __str__(self) -> str:
+        return f"{len(self.data)} bytes at {self.offset}, flags {self.flags}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Requests
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """A row of the request table.
+
+    number    on the wire
+    name      as in the specification, without its VHOST_USER_ prefix
+    payload   its class
+    reply     class of the reply's payload; None: acknowledged with a U64 if REPLY_ACK is negotiated and NEED_REPLY set
+    fds       fewest and most file descriptors that come along
+    gate      the protocol feature that must have been negotiated; 0: none
+    """
+
+    number: int
+    name: str
+    payload: type[Payload] = Empty
+    reply: type[Payload] | None = None
+    fds: tuple[int, int] = (0, 0)
+    gate: VhostUserProtocolFeatures = _NO_GATE
+
+    def check_fds(self, count: int) -> None:
+        """Raise ProtocolError unless `count` file descriptors may come with it."""
+        fewest, most = self.fds
+        if not fewest <= count <= most:
+            hint = ": is guest memory shared (share=on)?" if self.name in ("SET_MEM_TABLE", "ADD_MEM_REG") else ""
+            raise ProtocolError(f"{count} file descriptors with {self.name}, which takes {fewest} to {most}{hint}")
+
+
+_ROWS = (
+    Request(1, "GET_FEATURES", reply=U64),
+    Request(2, "SET_FEATURES", U64),
+    Request(3, "SET_OWNER"),
+    Request(5, "SET_MEM_TABLE", MemTable, fds=(0, MAX_FDS)),
+    Request(8, "SET_VRING_NUM", VringStatePayload),
+    Request(9, "SET_VRING_ADDR", VringAddr),
+    Request(10, "SET_VRING_BASE", VringStatePayload),
+    Request(11, "GET_VRING_BASE", VringStatePayload, reply=VringStatePayload),
+    Request(12, "SET_VRING_KICK", VringFd, fds=(0, 1)),
+    Request(13, "SET_VRING_CALL", VringFd, fds=(0, 1)),
+    Request(14, "SET_VRING_ERR", VringFd, fds=(0, 1)),
+    Request(15, "GET_PROTOCOL_FEATURES", reply=U64),
+    Request(16, "SET_PROTOCOL_FEATURES", U64),
+    Request(17, "GET_QUEUE_NUM", reply=U64, gate=_PF.MQ),
+    Request(18, "SET_VRING_ENABLE", VringStatePayload),
+    Request(21, "SET_BACKEND_REQ_FD", fds=(1, 1), gate=_PF.BACKEND_REQ),
+    Request(24, "GET_CONFIG", Config, reply=Config, gate=_PF.CONFIG),
+    Request(25, "SET_CONFIG", Config, gate=_PF.CONFIG),
+    Request(34, "RESET_DEVICE", gate=_PF.RESET_DEVICE),
+    Request(36, "GET_MAX_MEM_SLOTS", reply=U64, gate=_PF.CONFIGURE_MEM_SLOTS),
+    Request(37, "ADD_MEM_REG", MemReg, fds=(1, 1), gate=_PF.CONFIGURE_MEM_SLOTS),
+    Request(38, "REM_MEM_REG", MemReg, fds=(0, 1), gate=_PF.CONFIGURE_MEM_SLOTS),
+    Request(39, "SET_STATUS", U64, gate=_PF.STATUS),
+    Request(40, "GET_STATUS", reply=U64, gate=_PF.STATUS),
+)
+_BACKEND_ROWS = (Request(2, "CONFIG_CHANGE_MSG", gate=_PF.CONFIG),)
+
+REQUESTS = {row.name: row for row in _ROWS}
+"""What a front-end asks of a back-end (vhost-user, "Front-end message types")."""
+BACKEND_REQUESTS = {row.name: row for row in _BACKEND_ROWS}
+"""What a back-end asks of a front-end (vhost-user, "Back-end message types")."""
+
+_BY_NUMBER = {row.number: row for row in _ROWS}
+_BACKEND_BY_NUMBER = {row.number: row for row in _BACKEND_ROWS}
+
+
+def _row_of(message: Message, table: dict[int, Request]) -> Request:
+    row = table.get(message.request)
+    if row is None:
+        raise ProtocolError(f"unknown request {message.request}")
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Wire
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Message:
+    """One message as received. It owns the file descriptors that came with it: `take_fd` hands one over, `close` closes the rest."""
+
+    __slots__ = ("fds", "flags", "payload", "request")
+
+    def __init__(self, request: int, flags: int, payload: bytes, fds: list[int]) -> None:
+        self.request = request
+        self.flags = flags
+        self.payload = payload
+        self.fds = fds
+
+    def take_fd(self) -> int:
+        """The next file descriptor, the caller's from here on. Raises ProtocolError when there is none."""
+        if not self.fds:
+            raise ProtocolError("a file descriptor is missing")
+        return self.fds.pop(0)
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+    def __enter__(self) -> Message:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Connection:
+    """Messages over a connected Unix stream socket, which it owns. Sending and receiving may be in different threads.
+
+    Neither ever waits without end for a peer that is silent in the middle of a message: `interrupt` (a file descriptor, readable when
+    it is time to give up) ends a receive, and `SEND_TIMEOUT` a send. The socket's own blocking mode is not touched, since the open
+    file may be shared.
+    """
+
+    SEND_TIMEOUT = 10.0
+
+    def __init__(self, sock: socket.socket, interrupt: int | None = None) -> None:
+        self.socket = sock
+        self._interrupt = interrupt
+        self._sending = threading.Lock()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()
+
+    def receive(self, timeout: float | None = None) -> Message:
+        """The next message, its header checked for form.
+
+        Raises Disconnected when the peer has closed between messages, ProtocolError when within one or when the message is
+        malformed, TimeoutError after `timeout` seconds, InterruptedError when the interrupt came.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        fds: list[int] = []
+        try:
+            header = self._read(HEADER.size, fds, deadline, "header")
+            request, flags, size = HEADER.unpack(header)
+            if flags & FLAG_VERSION_MASK != VERSION or flags & ~FLAG_MASK:
+                raise ProtocolError(f"message {request} has flags {flags:#x}, not those of protocol version {VERSION}")
+            if size > MAX_PAYLOAD:
+                raise ProtocolError(f"message {request} has a payload of {size} bytes, the most is {MAX_PAYLOAD}")
+            late: list[int] = []
+            try:
+                payload = self._read(size, late, deadline, "payload")
+                if late:
+                    raise ProtocolError(f"message {request} has file descriptors with its payload, not with its header")
+            finally:
+                _close_all(late)
+            return Message(request, flags, payload, fds)
+        except BaseException:
+            _close_all(fds)
+            raise
+
+    def _read(self, size: int, fds: list[int], deadline: float | None, part: str) -> bytes:
+        """Just `size` bytes: what lies behind them belongs to the next message, with its descriptors."""
+        data = b""
+        while len(data) < size:
+            self._wait(select.POLLIN, deadline)
+            try:
+                piece, ancillary, flags, _ = self.socket.recvmsg(
+                    size - len(data), socket.CMSG_SPACE(4 * MAX_FDS), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                )
+            except (BlockingIOError, InterruptedError):
+                continue
+            except ConnectionError as error:
+                raise Disconnected(str(error)) from None
+            _collect_fds(ancillary, fds)
+            if flags & socket.MSG_CTRUNC:
+                raise ProtocolError(f"more than {MAX_FDS} file descriptors with one message, or too many open files here")
+            if not piece:
+                if data or part != "header":
+                    raise ProtocolError(f"the peer closed the connection within a {part}, after {len(data)} of {size} bytes")
+                raise Disconnected("the peer closed the connection")
+            data += piece
+        return data
+
+    def _wait(self, events: int, deadline: float | None) -> None:
+        poll = select.poll()
+        poll.register(self.socket, events)
+        if self._interrupt is not None:
+            poll.register(self._interrupt, select.POLLIN)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        ready = dict(poll.poll(left))
+        if self._interrupt in ready:
+            raise InterruptedError("asked to stop")
+        if not ready:
+            raise TimeoutError("the peer is silent")
+
+    def peer_gone(self) -> bool:
+        """Whether the peer has closed the connection, or the interrupt came."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLRDHUP)
+        if self._interrupt is not None:
+            poll.register(self._interrupt, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def send(self, request: int, flags: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """Send one message; `fds` stay the caller's.
+
+        Raises Disconnected when the peer is gone, TimeoutError when it doesn't read."""
+        data = memoryview(HEADER.pack(request, VERSION | flags, len(payload)) + payload)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
+        deadline = time.monotonic() + self.SEND_TIMEOUT
+        with self._sending:
+            while data:
+                try:
+                    sent = self.socket.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                except BlockingIOError:
+                    self._wait(select.POLLOUT, deadline)
+                    continue
+                except (ConnectionError, BrokenPipeError) as error:
+                    raise Disconnected(str(error)) from None
+                data = data[sent:]
+                ancillary = []
+
+
+def _collect_fds(ancillary: list[tuple[int, int, bytes]], fds: list[int]) -> None:
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.extend(struct.unpack(f"={len(data) // 4}i", data[: len(data) // 4 * 4]))
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+
+
+class BackendChannel:
+    """The back-end's own requests to the front-end, over the socket of SET_BACKEND_REQ_FD. From any thread."""
+
+    def __init__(self, sock: socket.socket, protocol_features: Callable[[], int]) -> None:
+        self._connection = Connection(sock)
+        self._protocol_features = protocol_features
+
+    def config_change(self) -> bool:
+        """Tell the front-end that config space has changed. Returns whether it could be told."""
+        return self._send(BACKEND_REQUESTS["CONFIG_CHANGE_MSG"])
+
+    def _send(self, row: Request, payload: Payload = Empty(), fds: Sequence[int] = ()) -> bool:
+        # No NEED_REPLY: a front-end may be waiting for an acknowledgement of ours when this arrives, and would answer only then.
+        if not row.gate & self._protocol_features():
+            log.debug("-> %s not sent: the front-end did not negotiate it", row.name)
+            return False
+        log.debug("-> %s %s", row.name, payload)
+        try:
+            self._connection.send(row.number, 0, payload.pack(), fds)
+        except (VhostUserError, OSError) as error:
+            log.warning("%s could not be sent: %s", row.name, error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._connection.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Devices
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class VhostUserBackend:
+    """A device. Its methods are called from the control thread and from worker threads, several at once: see VhostUserBackendMut.
+
+    Attributes (or properties) that say what the device is:
+
+    num_queues          virtqueues, at least 1
+    max_queue_size      most entries of each
+    features            the device type's own virtio feature bits; the framework adds `FEATURES`
+    withheld_features   bits of `FEATURES` that this device does not want
+    protocol_features   protocol features that the device implements itself; the framework adds `PROTOCOL_FEATURES`
+    withheld_protocol_features   likewise
+    config              config space: bytes, or a ctypes structure, or None when the front-end owns it
+    """
+
+    num_queues: int = 1
+    max_queue_size: int = 1024
+    features: int = 0
+    withheld_features: int = 0
+    protocol_features: int = 0
+    withheld_protocol_features: int = 0
+    config: bytes | bytearray | ctypes.Structure | None = None
+
+    _channel: BackendChannel | None = None
+
+    # Serving
+
+    def process_queue(self, vring: VringT) -> None:
+        """Serve a ring: iterate over it, give each chain to `vring.add_used`, now or later. Called when the driver has made chains
+        available. Re-arming and notification are the framework's."""
+        raise NotImplementedError(f"{type(self).__name__} has no process_queue")
+
+    def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+        """The low-level entry: something happened to ring `vrings[device_event]` of this worker, or to a listener of the device's own,
+        registered with `device_event` as its data; `evset` has the epoll events. Returns true to be called again soon.
+
+        An exception marks the ring broken, or removes the listener."""
+        if device_event >= len(vrings):
+            raise NotImplementedError(f"{type(self).__name__} registers a listener and has no handle_event")
+        ring = vrings[device_event]
+        assert isinstance(ring, VringState)
+        return ring.drain(self.process_queue)
+
+    def queues_per_thread(self) -> Sequence[int]:
+        """A mask of queues for each worker thread. The default is one thread for all."""
+        return [(1 << self.num_queues) - 1]
+
+    def exit_event(self, thread_id: int) -> int | None:
+        """An eventfd that ends the worker when it becomes readable; None: only `send_exit_event` does."""
+        return None
+
+    # Negotiation and state
+
+    def acked_features(self, features: int) -> None:
+        """The front-end has chosen these virtio features."""
+
+    def set_event_idx(self, enabled: bool) -> None:
+        """VIRTIO_F_EVENT_IDX was negotiated, or not."""
+
+    def update_memory(self, memory: GuestMemoryAtomic) -> None:
+        """Guest memory has changed."""
+
+    def set_backend_req_fd(self, backend: BackendChannel) -> None:
+        """The front-end takes requests from the back-end over this. The default keeps it for `config_changed`."""
+        self._channel = backend
+
+    def reset_device(self) -> None:
+        """The device is as new: all rings are stopped."""
+
+    def set_status(self, status: int) -> int:
+        """The driver has set the device status (virtio 1.3 §2.1). Returns the status to read back."""
+        return status
+
+    # Config space
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """`size` bytes of config space; what lies beyond its end reads as zero. Raises Refused when there is no config space."""
+        if self.config is None:
+            raise Refused("this device has no config space")
+        return bytes(self.config)[offset : offset + size].ljust(size, b"\0")
+
+    def set_config(self, offset: int, data: bytes, flags: int) -> None:
+        """The driver writes config space (`flags` 0), or a migration restores it (1). Raises Refused for what is read-only."""
+        raise Refused(f"config space is read-only ({len(data)} bytes at {offset})")
+
+    def config_changed(self) -> bool:
+        """To be called by the device: config space has changed. Returns whether the front-end could be told."""
+        return self._channel is not None and self._channel.config_change()
+
+    # What happened
+
+    def connected(self) -> None:
+        """A front-end has connected."""
+
+    def disconnected(self) -> None:
+        """The front-end has gone; rings are stopped."""
+        self._channel = None
+
+    def ring_started(self, index: int, vring: VringT) -> None:
+        """The front-end has started a ring."""
+
+    def ring_stopped(self, index: int) -> None:
+        """The ring has stopped, with nothing in flight."""
+
+    def reload(self) -> None:
+        """The administrator asks to look at the device's resources again (SIGHUP)."""
+
+
+class VhostUserBackendMut(VhostUserBackend):
+    """A device whose methods the framework calls from one thread at a time."""
+
+
+def _offered_features(backend: VhostUserBackend) -> int:
+    return backend.features | FEATURES & ~backend.withheld_features
+
+
+def _offered_protocol_features(backend: VhostUserBackend) -> int:
+    config = _PF.CONFIG if backend.config is not None or type(backend).get_config is not VhostUserBackend.get_config else 0
+    return backend.protocol_features | (PROTOCOL_FEATURES | config) & ~backend.withheld_protocol_features
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Workers
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class _Event:
+    """An eventfd of our own that wakes an epoll; written, never read: it is registered edge-triggered, and each write is an edge."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def set(self) -> None:
+        """Wake whoever polls it. Safe in a signal handler."""
+        with suppress(BlockingIOError):
+            os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        """For those who poll it level-triggered."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class VringEpollHandler:
+    """A worker: one thread that serves its rings, and listeners that the device registers.
+
+    A kick eventfd is registered edge-triggered and not read: each kick is an edge, the count is of no interest, and a read could
+    block, since the front-end shares the open file and its mode.
+    """
+
+    _POLLED_PAUSE = 0.001  # seconds between looks at an idle ring that has no kick eventfd
+
+    def __init__(
+        self, name: str, backend: VhostUserBackend, calls: AbstractContextManager[Any], vrings: Sequence[VringState], thread_id: int
+    ) -> None:
+        self.vrings = vrings
+        self.thread_id = thread_id
+        self._backend = backend
+        self._calls = calls
+        self._epoll = select.epoll()
+        self._wake = _Event()
+        self._epoll.register(self._wake.fd, select.EPOLLIN | select.EPOLLET)
+        self._exiting = False
+        self._exit_fd = backend.exit_event(thread_id)
+        if self._exit_fd is not None:
+            self._epoll.register(self._exit_fd, select.EPOLLIN)
+        self._kicks: dict[int, int] = {}  # kick eventfd -> position in vrings
+        self._listeners: dict[int, int] = {}  # fd -> the device's data
+        self._pending: set[int] = set()  # positions to look at, kick or no kick
+        self._polled: set[int] = set()  # positions of started rings without kick eventfd
+        for position, vring in enumerate(vrings):
+            vring.wake = self._waker(position)
+        self._thread = threading.Thread(target=self._run, name=f"{name}-worker-{thread_id}", daemon=True)
+        self._thread.start()
+
+    def _waker(self, position: int) -> Callable[[], None]:
+        def wake() -> None:
+            self._pending.add(position)
+            self._wake.set()
+
+        return wake
+
+    # For the device
+
+    def register_listener(self, fd: int, events: int, data: int) -> None:
+        """Call the device's `handle_event` with `data` when `fd` has one of the epoll `events`.
+
+        Raises ValueError when `data` is a ring's number here, OSError when the fd cannot be polled."""
+        if data < len(self.vrings):
+            raise ValueError(f"data {data} is the number of a ring of this worker: use {len(self.vrings)} or more")
+        self._epoll.register(fd, events)
+        self._listeners[fd] = data
+
+    def unregister_listener(self, fd: int, events: int = 0, data: int = 0) -> None:
+        """Undo `register_listener`. Raises ValueError when it isn't registered."""
+        if self._listeners.pop(fd, None) is None:
+            raise ValueError(f"file descriptor {fd} is no registered listener")
+        self._epoll.unregister(fd)
+
+    def send_exit_event(self) -> None:
+        """End the thread, after what it is doing."""
+        self._exiting = True
+        self._wake.set()
+
+    # For the daemon
+
+    def watch(self, position: int) -> None:
+        """The ring at `position` was started with the kick eventfd that it has now. Raises OSError when it cannot be polled."""
+        kick = self.vrings[position].kick
+        if kick is None:
+            self._polled.add(position)
+            self._wake.set()
+        else:
+            self._kicks[kick] = position
+            self._epoll.register(kick, select.EPOLLIN | select.EPOLLET)
+
+    def unwatch(self, position: int) -> None:
+        """The ring's kick eventfd is about to be closed, or there is none."""
+        self._polled.discard(position)
+        kick = self.vrings[position].kick
+        if kick is not None and self._kicks.pop(kick, None) is not None:
+            with suppress(OSError):  # a descriptor that could not be registered
+                self._epoll.unregister(kick)
+
+    def join(self) -> None:
+        """Wait for the thread's end, and let go of everything."""
+        self._thread.join()
+        self._epoll.close()
+
+    # The thread
+
+    def _run(self) -> None:
+        poll = self._epoll.poll
+        kicks = self._kicks
+        timeout: float | None = None
+        while not self._exiting:
+            for fd, evset in poll(timeout):
+                position = kicks.get(fd)
+                if position is not None:
+                    self._serve(position, evset)
+                elif fd in self._listeners:
+                    self._listen(fd, evset)
+                elif fd == self._exit_fd:
+                    return
+            if self._pending:
+                for position in tuple(self._pending):
+                    self._pending.discard(position)
+                    self._serve(position, select.EPOLLIN)
+            timeout = 0 if self._pending else self._look_at_polled() if self._polled else None
+
+    def _serve(self, position: int, evset: int) -> None:
+        vring = self.vrings[position]
+        if not vring.active:
+            return  # the ring is looked at when it becomes active
+        try:
+            with self._calls:
+                more = self._backend.handle_event(position, evset, self.vrings, self.thread_id)
+        except Exception:
+            log.exception("ring %d: the device failed", vring.index)
+            vring.fail("the device raised an exception")
+            return
+        if more:
+            self._pending.add(position)
+
+    def _listen(self, fd: int, evset: int) -> None:
+        data = self._listeners[fd]
+        try:
+            with self._calls:
+                self._backend.handle_event(data, evset, self.vrings, self.thread_id)
+        except Exception:
+            log.exception("listener %d (file descriptor %d): the device failed; the listener is removed", data, fd)
+            with suppress(ValueError, OSError):
+                self.unregister_listener(fd)
+
+    def _look_at_polled(self) -> float:
+        """Serve the rings that have no kick eventfd. Returns how long to wait until the next look: nothing, after there was something."""
+        pause = self._POLLED_PAUSE
+        for position in tuple(self._polled):
+            queue = self.vrings[position].queue
+            before = queue.taken if queue else 0
+            self._serve(position, select.EPOLLIN)
+            if queue and queue.taken != before:
+                pause = 0
+        return pause
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Sessions
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class _Session:
+    """One connection, from the first message to the last: what was negotiated, and a handler for each request."""
+
+    def __init__(self, daemon: VhostUserDaemon, connection: Connection) -> None:
+        self._daemon = daemon
+        self._backend = daemon.backend
+        self._connection = connection
+        self._vrings = daemon.vrings
+        self._memory = daemon.memory
+        self._features = 0
+        self._protocol_features = 0
+        self._status = 0
+        self._addresses: list[VringAddr | None] = [None] * len(self._vrings)
+        self._channel: BackendChannel | None = None
+
+    def run(self) -> None:
+        """Serve the connection to its end. Raises ProtocolError, Disconnected, InterruptedError; whatever it is, rings are stopped and
+        everything is let go."""
+        try:
+            self._call(self._backend.connected)
+            while True:
+                with self._connection.receive() as message:
+                    self._dispatch(message)
+        finally:
+            self._tear_down()
+
+    def _tear_down(self) -> None:
+        for index in range(len(self._vrings)):
+            self._stop_ring(index, gone=True)
+            self._vrings[index].reset()
+            self._vrings[index].set_err(None)
+        if self._channel:
+            self._channel.close()
+        self._memory.replace(GuestMemoryMmap())
+        for hook, arguments in (self._backend.update_memory, (self._memory,)), (self._backend.disconnected, ()):
+            try:
+                self._call(hook, *arguments)
+            except Refused:
+                pass  # logged; nobody is left to be told
+
+    # Dispatch
+
+    def _dispatch(self, message: Message) -> None:
+        row = _row_of(message, _BY_NUMBER)
+        if message.flags & FLAG_REPLY:
+            raise ProtocolError(f"{row.name} is marked as a reply")
+        if row.gate and not row.gate & self._protocol_features:
+            raise ProtocolError(f"{row.name} without {row.gate.name} negotiated")
+        row.check_fds(len(message.fds))
+        try:
+            payload = row.payload.unpack(message.payload)
+        except ProtocolError as error:
+            raise ProtocolError(f"{row.name}: {error}") from None
+        handler: Callable[[Any, Message], Payload | None] = getattr(self, "_" + row.name.lower())
+        reply: Payload | None
+        try:
+            reply, failure = handler(payload, message), None
+        except (Refused, VringError, GuestMemoryError) as error:
+            reply, failure = None, error
+            log.warning("%s %s refused: %s", row.name, payload, error)
+        log.debug("<- %s %s%s", row.name, payload, f" -> {reply}" if reply else "" if failure is None else " -> refused")
+        self._answer(row, message, reply, failure)
+
+    def _answer(self, row: Request, message: Message, reply: Payload | None, failure: Exception | None) -> None:
+        """An explicit reply, or else an acknowledgement if one is asked for: never both, or the stream is out of step."""
+        if row.reply is Config and failure:
+            self._connection.send(row.number, FLAG_REPLY)  # without payload: an error (vhost-user, GET_CONFIG)
+        elif row.reply:
+            if reply is None:
+                raise ProtocolError(f"{row.name}: {failure}; its reply cannot say so")
+            self._connection.send(row.number, FLAG_REPLY, reply.pack())
+        elif message.flags & FLAG_NEED_REPLY and self._protocol_features & _PF.REPLY_ACK:
+            self._connection.send(row.number, FLAG_REPLY, U64(1 if failure else 0).pack())
+
+    def _call(self, method: Callable[..., Any], *arguments: object) -> Any:
+        """Call the device. Its exceptions are logged, and refuse the request."""
+        try:
+            with self._daemon.calls:
+                return method(*arguments)
+        except Refused:
+            raise
+        except Exception as error:
+            log.exception("%s of the device failed", method.__name__)
+            raise Refused(f"the device failed in {method.__name__}: {error}") from error
+
+    # Negotiation
+
+    def _get_features(self, payload: Empty, message: Message) -> Payload:
+        return U64(_offered_features(self._backend))
+
+    def _set_features(self, payload: U64, message: Message) -> None:
+        unknown = payload.value & ~_offered_features(self._backend)
+        if unknown:
+            raise ProtocolError(f"SET_FEATURES {payload.value:#x} has bits that were not offered: {unknown:#x}")
+        self._features = payload.value
+        for vring in self._vrings:
+            vring.set_queue_features(payload.value)
+            if not payload.value >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
+                vring.set_enabled(True)  # there is no SET_VRING_ENABLE then (vhost-user, "Ring states")
+        self._call(self._backend.acked_features, payload.value)
+        self._call(self._backend.set_event_idx, bool(payload.value >> VIRTIO_F_EVENT_IDX & 1))
+
+    def _set_owner(self, payload: Empty, message: Message) -> None:
+        pass  # a session begins: it did with the connection
+
+    def _get_protocol_features(self, payload: Empty, message: Message) -> Payload:
+        return U64(_offered_protocol_features(self._backend))
+
+    def _set_protocol_features(self, payload: U64, message: Message) -> None:
+        unknown = payload.value & ~_offered_protocol_features(self._backend)
+        if unknown:
+            raise ProtocolError(f"SET_PROTOCOL_FEATURES {payload.value:#x} has bits that were not offered: {unknown:#x}")
+        self._protocol_features = payload.value
+
+    def _get_queue_num(self, payload: Empty, message: Message) -> Payload:
+        return U64(self._backend.num_queues)
+
+    def _set_backend_req_fd(self, payload: Empty, message: Message) -> None:
+        if self._channel:
+            self._channel.close()
+        fd = message.take_fd()
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            os.close(fd)
+            raise ProtocolError(f"SET_BACKEND_REQ_FD: the file descriptor is no socket ({error})") from None
+        self._channel = BackendChannel(sock, lambda: self._protocol_features)
+        self._call(self._backend.set_backend_req_fd, self._channel)
+
+    # Memory
+
+    def _set_mem_table(self, payload: MemTable, message: Message) -> None:
+        if len(message.fds) != len(payload.regions):
+            raise ProtocolError(
+                f"{len(message.fds)} file descriptors for {len(payload.regions)} memory regions: is all of guest memory shared (share=on)?"
+            )
+        regions = [self._map_region(region, message) for region in payload.regions]
+        self._change_memory(GuestMemoryMmap(regions))
+
+    def _add_mem_reg(self, payload: MemReg, message: Message) -> None:
+        self._change_memory(self._memory.memory().insert_region(self._map_region(payload, message)))
+
+    def _rem_mem_reg(self, payload: MemReg, message: Message) -> None:
+        self._change_memory(self._memory.memory().remove_region(payload.guest_addr, payload.user_addr, payload.size))
+
+    @staticmethod
+    def _map_region(region: MemRegion, message: Message) -> GuestRegionMmap:
+        fd = message.take_fd()
+        try:
+            return GuestRegionMmap(fd, region.guest_addr, region.size, region.user_addr, region.mmap_offset)
+        finally:
+            os.close(fd)
+
+    def _change_memory(self, memory: GuestMemoryMmap) -> None:
+        self._memory.replace(memory)
+        for index in range(len(self._vrings)):
+            self._place(index)
+        self._call(self._backend.update_memory, self._memory)
+
+    def _get_max_mem_slots(self, payload: Empty, message: Message) -> Payload:
+        return U64(MAX_REGIONS)
+
+    # Rings
+
+    def _ring(self, index: int) -> VringState:
+        if index >= len(self._vrings):
+            raise ProtocolError(f"ring {index}: the device has {len(self._vrings)} (fewer queues here than the VMM was told?)")
+        return self._vrings[index]
+
+    def _stopped_ring(self, index: int) -> VringState:
+        vring = self._ring(index)
+        if vring.started:
+            raise Refused(f"ring {index} is started")
+        return vring
+
+    def _set_vring_num(self, payload: VringStatePayload, message: Message) -> None:
+        self._stopped_ring(payload.index).set_queue_size(payload.num)
+
+    def _set_vring_base(self, payload: VringStatePayload, message: Message) -> None:
+        self._stopped_ring(payload.index).set_queue_next_avail(payload.num)
+
+    def _set_vring_addr(self, payload: VringAddr, message: Message) -> None:
+        self._ring(payload.index)
+        self._addresses[payload.index] = payload
+        self._place(payload.index)
+
+    def _place(self, index: int) -> None:
+        """Translate a ring's addresses in the current memory. They may come before the memory they are in, and outlast it."""
+        vring, address = self._vrings[index], self._addresses[index]
+        if address is None:
+            return
+        translate = self._memory.memory().user_to_guest
+        try:
+            vring.set_queue_info(translate(address.descriptor), translate(address.available), translate(address.used))
+            vring.set_queue_ready(True)
+        except GuestMemoryError as error:
+            vring.set_queue_ready(False)
+            log.debug("ring %d has no place in guest memory now: %s", index, error)
+
+    def _set_vring_kick(self, payload: VringFd, message: Message) -> None:
+        vring = self._ring(payload.index)
+        kick = self._optional_fd(payload, message)
+        self._daemon.unwatch(payload.index)
+        vring.set_kick(kick)
+        try:
+            self._daemon.watch(payload.index)
+        except OSError as error:
+            vring.set_kick(None)
+            raise Refused(f"ring {payload.index}: the kick file descriptor cannot be polled: {error}") from None
+        was_started = vring.started
+        try:
+            vring.start()
+        except GuestMemoryError as error:
+            log.debug("ring %d waits for its memory: %s", payload.index, error)
+        vring.wake()  # a kick may have come before its eventfd
+        if not was_started:
+            self._call(self._backend.ring_started, payload.index, vring)
+
+    def _set_vring_call(self, payload: VringFd, message: Message) -> None:
+        self._ring(payload.index).set_call(self._optional_fd(payload, message))
+
+    def _set_vring_err(self, payload: VringFd, message: Message) -> None:
+        self._ring(payload.index).set_err(self._optional_fd(payload, message))
+
+    @staticmethod
+    def _optional_fd(payload: VringFd, message: Message) -> int | None:
+        if payload.has_fd != bool(message.fds):
+            raise ProtocolError(f"{payload}, and {len(message.fds)} file descriptors")
+        return message.take_fd() if payload.has_fd else None
+
+    def _set_vring_enable(self, payload: VringStatePayload, message: Message) -> None:
+        vring = self._ring(payload.index)
+        if payload.num > 1:
+            raise ProtocolError(f"SET_VRING_ENABLE of ring {payload.index} with {payload.num}, neither 0 nor 1")
+        vring.set_enabled(bool(payload.num))
+
+    def _get_vring_base(self, payload: VringStatePayload, message: Message) -> Payload:
+        self._ring(payload.index)
+        return VringStatePayload(payload.index, self._stop_ring(payload.index))
+
+    def _stop_ring(self, index: int, gone: bool = False) -> int:
+        """Take nothing more, wait until nothing is in flight, let go of the ring. Returns where it would go on.
+
+        `gone`: the front-end is no more; what is in flight gets a moment only."""
+        vring = self._vrings[index]
+        was_started = vring.started
+        while not vring.suspend(timeout=1.0):
+            if gone or self._connection.peer_gone():
+                vring.unblock()
+        waited = 0
+        while not vring.wait_idle(1.0):
+            waited += 1
+            if gone or self._connection.peer_gone():
+                break
+            log.log(logging.WARNING if waited % 5 == 0 else logging.DEBUG, "ring %d: %d in flight, waiting to stop", index, vring.in_flight)
+        self._daemon.unwatch(index)
+        base = vring.stop()
+        if was_started:
+            with suppress(Refused) if gone else nullcontext():
+                self._call(self._backend.ring_stopped, index)
+        return base
+
+    # Config space
+
+    def _get_config(self, payload: Config, message: Message) -> Payload:
+        data = self._call(self._backend.get_config, payload.offset, len(payload.data))
+        if len(data) != len(payload.data):
+            raise Refused(f"the device gave {len(data)} of {len(payload.data)} bytes of config space")
+        return Config(payload.offset, payload.flags, bytes(data))
+
+    def _set_config(self, payload: Config, message: Message) -> None:
+        if payload.flags not in (CONFIG_FLAG_WRITABLE, CONFIG_FLAG_LIVE_MIGRATION):
+            raise ProtocolError(f"SET_CONFIG with unknown flags {payload.flags:#x}")
+        self._call(self._backend.set_config, payload.offset, payload.data, payload.flags)
+
+    # Device
+
+    def _reset_device(self, payload: Empty, message: Message) -> None:
+        for index, vring in enumerate(self._vrings):
+            self._stop_ring(index)
+            vring.reset()
+            vring.set_queue_features(self._features)
+        self._addresses = [None] * len(self._vrings)
+        self._status = 0
+        self._call(self._backend.reset_device)
+
+    def _set_status(self, payload: U64, message: Message) -> None:
+        if payload.value > 0xFF:
+            raise ProtocolError(f"SET_STATUS {payload.value:#x}: the device status has 8 bits")
+        if payload.value == 0:
+            self._reset_device(Empty(), message)
+        self._status = int(self._call(self._backend.set_status, payload.value)) & 0xFF
+
+    def _get_status(self, payload: Empty, message: Message) -> Payload:
+        return U64(self._status)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Daemon
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """A listening Unix socket."""
+
+    def __init__(self, path: str | os.PathLike[str], unlink: bool = True) -> None:
+        """Bind and listen at `path`; with `unlink`, a socket that is there already is removed first. Raises OSError."""
+        self.path: str | None = os.fspath(path)
+        if unlink:
+            with suppress(FileNotFoundError):
+                if stat.S_ISSOCK(os.lstat(self.path).st_mode):
+                    os.unlink(self.path)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self.socket.bind(self.path)
+            self.socket.listen()
+        except OSError as error:
+            self.socket.close()
+            raise OSError(error.errno, f"cannot listen at {self.path}: {error.strerror}") from None
+        self._identity = os.lstat(self.path)
+
+    @classmethod
+    def from_socket(cls, sock: socket.socket) -> Listener:
+        """One that somebody else has bound, and will remove."""
+        self = cls.__new__(cls)
+        self.path = None
+        self.socket = sock
+        return self
+
+    def accept(self, interrupt: int) -> socket.socket | None:
+        """The next connection; None when `interrupt` becomes readable first."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        poll.register(interrupt, select.POLLIN)
+        while True:
+            if interrupt in dict(poll.poll()):
+                return None
+            try:
+                return self.socket.accept()[0]
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    log.error("cannot accept a connection: %s", error)
+                    time.sleep(0.1)  # nothing that polling would wait for
+                elif error.errno not in (errno.EAGAIN, errno.EINTR, errno.ECONNABORTED):
+                    raise
+
+    def close(self) -> None:
+        """Close the socket, and remove its path if it still is this one's."""
+        self.socket.close()
+        if self.path is not None:
+            with suppress(FileNotFoundError):
+                now = os.lstat(self.path)
+                if (now.st_dev, now.st_ino) == (self._identity.st_dev, self._identity.st_ino):
+                    os.unlink(self.path)
+            self.path = None
+
+
+class VhostUserDaemon:
+    """Serves a device to front-ends: one control thread for the connection, and a worker for each of `queues_per_thread`.
+
+    One front-end at a time: the next one is accepted after it has left.
+    """
+
+    def __init__(self, name: str, backend: VhostUserBackend, mem: GuestMemoryAtomic | None = None, vring: type[VringState] = VringMutex) -> None:
+        """`vring` is the class of rings: VringMutex or VringRwLock. Raises ValueError for a device that cannot be."""
+        if not issubclass(vring, (VringMutex, VringRwLock)):
+            raise ValueError(f"{vring.__name__} has no lock, and a daemon has several threads")
+        if not 1 <= backend.num_queues <= 256:
+            raise ValueError(f"a device of {backend.num_queues} queues: must be 1 to 256")
+        self.name = name
+        self.backend = backend
+        self.memory = mem or GuestMemoryAtomic()
+        self.vrings = [vring(self.memory, backend.max_queue_size, index) for index in range(backend.num_queues)]
+        self.calls: AbstractContextManager[Any] = threading.RLock() if isinstance(backend, VhostUserBackendMut) else nullcontext()
+        self._masks = [mask & (1 << backend.num_queues) - 1 for mask in backend.queues_per_thread()]
+        if sum(mask.bit_count() for mask in self._masks) != backend.num_queues or sum(self._masks) != (1 << backend.num_queues) - 1:
+            raise ValueError(f"queues_per_thread {self._masks} does not have each of {backend.num_queues} queues once")
+        self._places: list[tuple[VringEpollHandler, int]] = []  # by ring: its worker, and its position there
+        self._workers: list[VringEpollHandler] = []
+        self._thread: threading.Thread | None = None
+        self._stop = _Event()
+        self._failure: BaseException | None = None
+
+    # What a program uses
+
+    def start(self, listener: Listener | str | os.PathLike[str]) -> None:
+        """Serve whoever connects, one after another, in threads of the daemon's own, until `shutdown`. Raises OSError when it cannot listen."""
+        source = listener if isinstance(listener, Listener) else Listener(listener)
+        self._start(lambda: self._serve_listener(source))
+
+    def start_client(self, path: str | os.PathLike[str]) -> None:
+        """Connect to a front-end that listens, and serve it until it leaves. Raises OSError when there is none."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.connect(os.fspath(path))
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"cannot connect to {os.fspath(path)}: {error.strerror}") from None
+        self.start_socket(sock)
+
+    def start_socket(self, sock: socket.socket) -> None:
+        """Serve a socket that was passed in: as `start` if it listens, as `start_client` if it is connected. The daemon owns it."""
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            self.start(Listener.from_socket(sock))
+        else:
+            self._start(lambda: self._serve_connection(sock))
+
+    def serve(self, path: str | os.PathLike[str]) -> None:
+        """`start` and `wait`."""
+        self.start(path)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until the daemon has ended. Raises what ended it, unless that was `shutdown` or the front-end's leaving."""
+        if self._thread:
+            self._thread.join()
+        if self._failure:
+            raise self._failure
+
+    def shutdown(self) -> None:
+        """End the daemon, connected or not. Returns at once; from any thread, and from a signal handler."""
+        self._stop.set()
+
+    def get_epoll_handlers(self) -> Sequence[VringEpollHandler]:
+        """The workers, in the order of `queues_per_thread`, once the daemon is started."""
+        return self._workers
+
+    def reload(self) -> None:
+        """Have the device look at its resources again."""
+        try:
+            with self.calls:
+                self.backend.reload()
+        except Exception:
+            log.exception("reload of the device failed")
+
+    def __enter__(self) -> VhostUserDaemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.wait()
+
+    # Threads
+
+    def _start(self, control: Callable[[], None]) -> None:
+        if self._thread:
+            raise RuntimeError(f"daemon {self.name} was started already")
+        for thread_id, mask in enumerate(self._masks):
+            own = [vring for vring in self.vrings if mask >> vring.index & 1]
+            self._workers.append(VringEpollHandler(self.name, self.backend, self.calls, own, thread_id))
+        self._places = sorted(
+            ((worker, position) for worker in self._workers for position in range(len(worker.vrings))),
+            key=lambda place: place[0].vrings[place[1]].index,
+        )
+        self._thread = threading.Thread(target=self._run, args=(control,), name=f"{self.name}-control", daemon=True)
+        self._thread.start()
+
+    def _run(self, control: Callable[[], None]) -> None:
+        try:
+            control()
+        except BaseException as error:
+            log.exception("daemon %s ends", self.name)
+            self._failure = error
+        finally:
+            for worker in self._workers:
+                worker.send_exit_event()
+            for worker in self._workers:
+                worker.join()
+
+    def _serve_listener(self, listener: Listener) -> None:
+        try:
+            while True:
+                sock = listener.accept(self._stop.fd)
+                if sock is None:
+                    return
+                self._serve_connection(sock)
+        finally:
+            listener.close()
+
+    def _serve_connection(self, sock: socket.socket) -> None:
+        connection = Connection(sock, self._stop.fd)
+        log.info("%s: a front-end has connected", self.name)
+        try:
+            _Session(self, connection).run()
+        except InterruptedError:
+            log.info("%s: shutting down", self.name)
+        except Disconnected as reason:
+            log.info("%s: the front-end has left: %s", self.name, reason)
+        except (VhostUserError, TimeoutError) as error:
+            log.error("%s: the connection ends: %s", self.name, error)
+        finally:
+            connection.close()
+
+    # For sessions
+
+    def watch(self, index: int) -> None:
+        """Have the ring's worker watch its kick eventfd. Raises OSError when it cannot be polled."""
+        worker, position = self._places[index]
+        worker.watch(position)
+
+    def unwatch(self, index: int) -> None:
+        """Undo `watch`."""
+        worker, position = self._places[index]
+        worker.unwatch(position)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Front-end
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class FrontendQueue:
+    """One virtqueue of a `Frontend`: the driver side of the ring, and its eventfds."""
+
+    def __init__(self, frontend: Frontend, index: int, driver: DriverQueue) -> None:
+        self.index = index
+        self.driver = driver
+        self._frontend = frontend
+        self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.err_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def submit(self, readable: Sequence[Buffer], writable: Sequence[Buffer], token: object = None) -> None:
+        """Add one chain, show it to the device and notify it if it wants that. Raises VringError when the ring is full."""
+        self.driver.add(readable, writable, token)
+        self.publish()
+
+    def publish(self) -> None:
+        """Show the device what was added with `driver.add`, and notify it if it wants that."""
+        if self.driver.publish():
+            self.kick()
+
+    def kick(self) -> None:
+        """Notify the device, whether it wants that or not."""
+        os.eventfd_write(self.kick_fd, 1)
+
+    def wait(self, timeout: float = 10.0) -> list[tuple[object, int]]:
+        """What the device has used, at least one element: the tokens of `submit`, and the lengths that the device told.
+
+        Raises TimeoutError, VringError when the device signals that the ring is broken, Disconnected when it has gone."""
+        deadline = time.monotonic() + timeout
+        poll = select.poll()
+        for fd in self.call_fd, self.err_fd:
+            poll.register(fd, select.POLLIN)
+        poll.register(self._frontend.connection.socket, select.POLLRDHUP)
+        while True:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self.call_fd)
+            self.driver.enable_notification()
+            found = self.driver.used()
+            if found:
+                return found
+            ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+            if not ready:
+                raise TimeoutError(f"ring {self.index}: the device has used nothing for {timeout} s")
+            if self.err_fd in ready:
+                raise VringError(f"ring {self.index}: the device says it is broken")
+            if self._frontend.connection.socket.fileno() in ready:
+                raise Disconnected(f"ring {self.index}: the back-end has gone")
+
+    def close(self) -> None:
+        """Close the eventfds."""
+        for fd in self.kick_fd, self.call_fd, self.err_fd:
+            os.close(fd)
+
+
+class Frontend:
+    """The front-end's side of a connection: what a VMM does, for tests, for load and for tools.
+
+    Each request of the table is `request(NAME, payload, fds)`; the methods that follow give them a shape. `setup` does all that a VMM does until
+    a device can be used.
+    """
+
+    TIMEOUT = 10.0
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Speak over a connected socket, which it owns."""
+        self.connection = Connection(sock)
+        self.features = 0
+        self.protocol_features = _PF(0)
+        self.memory = GuestMemoryMmap()
+        self.queues: list[FrontendQueue] = []
+        self.channel: Connection | None = None
+        self.arena = (0, 0)  # guest address and size of the memory that rings don't use
+
+    @classmethod
+    def connect(cls, path: str | os.PathLike[str], timeout: float = TIMEOUT) -> Frontend:
+        """Connect to a back-end that listens at `path`, waiting up to `timeout` seconds for it to. Raises OSError."""
+        deadline = time.monotonic() + timeout
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                sock.connect(os.fspath(path))
+                return cls(sock)
+            except (FileNotFoundError, ConnectionRefusedError):
+                sock.close()
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.02)
+            except OSError:
+                sock.close()
+                raise
+
+    def close(self) -> None:
+        """Disconnect, and let go of everything."""
+        self.connection.close()
+        if self.channel:
+            self.channel.close()
+            self.channel = None
+        while self.queues:
+            self.queues.pop().close()
+        self.memory = GuestMemoryMmap()
+
+    def __enter__(self) -> Frontend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # One request
+
+    def request(self, name: str, payload: Payload = Empty(), fds: Sequence[int] = ()) -> Any:
+        """Make the request `name` of the table, and wait for its reply or, where negotiated, its acknowledgement.
+
+        Returns the reply's payload, or None. Raises Refused when the acknowledgement or a reply without payload says that it failed,
+        ProtocolError when the answer is none, Disconnected, TimeoutError."""
+        row = REQUESTS[name]
+        acked = row.reply is None and bool(self.protocol_features & _PF.REPLY_ACK)
+        log.debug("-> %s %s", name, payload)
+        self.connection.send(row.number, FLAG_NEED_REPLY if acked else 0, payload.pack(), fds)
+        if not row.reply and not acked:
+            return None
+        with self.connection.receive(self.TIMEOUT) as answer:
+            if answer.request != row.number or answer.flags != FLAG_REPLY | VERSION:
+                raise ProtocolError(f"{name} is answered by message {answer.request} with flags {answer.flags:#x}")
+            if row.reply is None:
+                if U64.unpack(answer.payload).value:
+                    raise Refused(f"{name} {payload} failed in the back-end")
+                return None
+            if row.reply is Config and not answer.payload:
+                raise Refused(f"{name} {payload} failed in the back-end")
+            return row.reply.unpack(answer.payload)
+
+    def _ask(self, name: str) -> int:
+        reply = self.request(name)
+        assert isinstance(reply, U64)
+        return reply.value
+
+    # Negotiation
+
+    def negotiate(self, features: int, protocol_features: int = -1) -> None:
+        """Take those of `features` and of `protocol_features` that the back-end offers."""
+        offered = self._ask("GET_FEATURES")
+        self.features = offered & (features | 1 << VHOST_USER_F_PROTOCOL_FEATURES)
+        if offered >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
+            ours = PROTOCOL_FEATURES | _PF.CONFIG
+            self.protocol_features = _PF(self._ask("GET_PROTOCOL_FEATURES") & ours & protocol_features)
+            # Acknowledgements begin with the next message.
+            row = REQUESTS["SET_PROTOCOL_FEATURES"]
+            self.connection.send(row.number, 0, U64(int(self.protocol_features)).pack())
+        self.request("SET_OWNER")
+        self.request("SET_FEATURES", U64(self.features))
+        if self.protocol_features & _PF.BACKEND_REQ:
+            self._open_channel()
+
+    def _open_channel(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self.request("SET_BACKEND_REQ_FD", fds=(theirs.fileno(),))
+        self.channel = Connection(ours)
+
+    def queue_num(self) -> int:
+        """How many queues the back-end has; 1 if it does not say."""
+        return self._ask("GET_QUEUE_NUM") if self.protocol_features & _PF.MQ else 1
+
+    def next_backend_request(self, timeout: float = TIMEOUT) -> Request:
+        """The back-end's next request to us, acknowledged if it asks for that. Raises TimeoutError, ProtocolError, Disconnected."""
+        if self.channel is None:
+            raise ProtocolError("BACKEND_REQ was not negotiated")
+        with self.channel.receive(timeout) as message:
+            row = _row_of(message, _BACKEND_BY_NUMBER)
+            row.payload.unpack(message.payload)
+            if message.flags & FLAG_NEED_REPLY and self.protocol_features & _PF.REPLY_ACK:
+                self.channel.send(row.number, FLAG_REPLY, U64(0).pack())
+            return row
+
+    # Memory
+
+    def share_memory(self, memory: GuestMemoryMmap) -> None:
+        """Make `memory`, of regions that were allocated here, the guest's: by slots where the back-end has them, else as a table."""
+        if self.protocol_features & _PF.CONFIGURE_MEM_SLOTS:
+            for region in self.memory.regions:
+                self.request("REM_MEM_REG", MemReg(region.guest_addr, region.size, region.user_addr, 0))
+            for region in memory.regions:
+                self.add_region(region)
+        else:
+            table = tuple(MemRegion(r.guest_addr, r.size, r.user_addr, r.mmap_offset) for r in memory.regions)
+            self.request("SET_MEM_TABLE", MemTable(table), [region.fileno() for region in memory.regions])
+        self.memory = memory
+
+    def add_region(self, region: GuestRegionMmap) -> None:
+        """Share one more region (ADD_MEM_REG)."""
+        payload = MemReg(region.guest_addr, region.size, region.user_addr, region.mmap_offset)
+        self.request("ADD_MEM_REG", payload, [region.fileno()])
+
+    def user_addr(self, guest_addr: int) -> int:
+        """The user address of a guest address. Raises ValueError outside RAM."""
+        region = self.memory.find_region(guest_addr)
+        if region is None:
+            raise ValueError(f"guest address {guest_addr:#x} is not in RAM")
+        return region.user_addr + guest_addr - region.guest_addr
+
+    # Rings
+
+    def start_queue(self, index: int, driver: DriverQueue, base: int = 0, enable: bool = True) -> FrontendQueue:
+        """Start ring `index` with this driver side, whose memory is shared already."""
+        queue = FrontendQueue(self, index, driver)
+        self.queues.append(queue)
+        desc, available, used = map(self.user_addr, driver.areas)
+        self.request("SET_VRING_NUM", VringStatePayload(index, driver.size))
+        self.request("SET_VRING_BASE", VringStatePayload(index, base))
+        self.request("SET_VRING_ADDR", VringAddr(index, 0, desc, used, available, 0))
+        self.request("SET_VRING_ERR", VringFd(index), (queue.err_fd,))
+        self.request("SET_VRING_CALL", VringFd(index), (queue.call_fd,))
+        self.request("SET_VRING_KICK", VringFd(index), (queue.kick_fd,))
+        if enable and self.features >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
+            self.enable_queue(index)
+        return queue
+
+    def enable_queue(self, index: int, enabled: bool = True) -> None:
+        """SET_VRING_ENABLE."""
+        self.request("SET_VRING_ENABLE", VringStatePayload(index, int(enabled)))
+
+    def stop_queue(self, queue: FrontendQueue) -> int:
+        """Stop the ring (GET_VRING_BASE) and close its eventfds. Returns where it would go on."""
+        reply = self.request("GET_VRING_BASE", VringStatePayload(queue.index, 0))
+        self.queues.remove(queue)
+        queue.close()
+        assert isinstance(reply, VringStatePayload)
+        return reply.num
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """Part of config space. Raises Refused when the back-end has none there."""
+        reply = self.request("GET_CONFIG", Config(offset, 0, bytes(size)))
+        if not isinstance(reply, Config) or len(reply.data) != size:
+            raise ProtocolError(f"GET_CONFIG of {size} bytes is answered by {reply}")
+        return reply.data
+
+    def set_config(self, offset: int, data: bytes, flags: int = CONFIG_FLAG_WRITABLE) -> None:
+        """Write config space. Raises Refused where it is read-only, if the back-end acknowledges."""
+        self.request("SET_CONFIG", Config(offset, flags, data))
+
+    # All of it
+
+    RING_FEATURES = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_EVENT_IDX | 1 << VIRTIO_F_INDIRECT_DESC
+
+    def setup(
+        self,
+        queues: int = 1,
+        size: int = 256,
+        *,
+        features: int = RING_FEATURES,
+        protocol_features: int = -1,
+        packed: bool = False,
+        indirect: bool = True,
+        memory: int = 64 << 20,
+        guest_addr: int = 1 << 30,
+    ) -> list[FrontendQueue]:
+        """Negotiate, share `memory` bytes of RAM at `guest_addr`, start and enable `queues` rings of `size` entries. `arena` is
+        what is left of the RAM.
+
+        Raises ProtocolError when packed rings are wanted and the back-end does not offer them."""
+        self.negotiate(features | packed << VIRTIO_F_RING_PACKED, protocol_features)
+        if packed and not self.features >> VIRTIO_F_RING_PACKED & 1:
+            raise ProtocolError("the back-end does not offer packed rings")
+        ram = GuestMemoryMmap.from_ranges([(guest_addr, memory)])
+        self.share_memory(ram)
+        kind: type[DriverQueue] = PackedDriverQueue if packed else SplitDriverQueue
+        tables = indirect and bool(self.features >> VIRTIO_F_INDIRECT_DESC & 1)
+        at = guest_addr
+        for index in range(queues):
+            length, offsets = kind.layout(size)
+            desc, driver, device = (at + offset for offset in offsets)
+            at += -(-length // 4096) * 4096
+            driver_side = kind(ram, size, (desc, driver, device), self.features, at if tables else None)
+            at += size * kind.TABLE_BYTES if tables else 0
+            self.start_queue(index, driver_side)
+        self.arena = (at, guest_addr + memory - at)
+        return self.queues
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Programs
+# ---------------------------------------------------------------------------------------------------------------------------
+
+_SD_FIRST_FD = 3  # sd_listen_fds(3)
+
+
+def run_device(
+    kind: str,
+    build: Callable[[argparse.Namespace], VhostUserBackend],
+    options: Callable[[argparse.ArgumentParser], object] | None = None,
+    features: Sequence[str] = (),
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run a device as a program by the conventions (vhost-user, "Backend program conventions"): `sys.exit(run_device("rng", Rng))`.
+
+    kind       the type of device, as in the conventions: "blk", "net" …
+    build      makes the device from the parsed command line; OSError and ValueError are told the user
+    options    adds the device's own options to the parser
+    features   the type's features that --print-capabilities tells, as in the conventions
+    arguments  the command line; sys.argv's by default
+
+    Returns the exit status: 0 after SIGTERM, SIGINT or a client's end, 1 on failure, 2 for a command line that makes no sense. SIGHUP calls the
+    device's `reload`. Readiness is told to systemd (NOTIFY_SOCKET), whose socket is taken (LISTEN_FDS) when no other is given.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if "--print-capabilities" in words:
+        print(json.dumps({"type": kind, "features": list(features)}))
+        return 0
+    parser = _parser(kind, options)
+    parsed = parser.parse_args(words)
+    logging.basicConfig(level=parsed.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    passed = _passed_fd(parsed.fd)
+    if parsed.socket_path is None and passed is None:
+        parser.error("one of --socket-path and --fd is needed")
+    try:
+        daemon = VhostUserDaemon(kind, build(parsed))
+        _install_signals(daemon)
+        if passed is not None:
+            daemon.start_socket(socket.socket(fileno=passed))
+        elif parsed.client:
+            daemon.start_client(parsed.socket_path)
+        else:
+            daemon.start(parsed.socket_path)
+        _notify_ready()
+        daemon.wait()
+    except (OSError, ValueError, VhostUserError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser(kind: str, options: Callable[[argparse.ArgumentParser], object] | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=f"vhost-user-{kind}: a virtio device for a VMM that connects over a Unix socket")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--socket-path", metavar="PATH", help="listen at this Unix socket")
+    where.add_argument("--fd", type=int, metavar="FDNUM", help="use this file descriptor: a socket that listens, or one that is connected")
+    parser.add_argument("--client", action="store_true", help="connect to --socket-path, where the front-end listens")
+    parser.add_argument("--print-capabilities", action="store_true", help="tell what this program can do, as JSON, and end")
+    parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"), help="debug shows each message")
+    if options:
+        options(parser)
+    return parser
+
+
+def _passed_fd(number: int | None) -> int | None:
+    """The file descriptor that was named, or else the first one of systemd's socket activation."""
+    if number is not None:
+        return number
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and int(os.environ.get("LISTEN_FDS", "0")) >= 1:
+        return _SD_FIRST_FD
+    return None
+
+
+def _install_signals(daemon: VhostUserDaemon) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
+        daemon.shutdown()
+
+    def reload(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=daemon.reload, name="reload", daemon=True).start()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGHUP, reload)
+
+
+def _notify_ready() -> None:
+    """sd_notify(3): a datagram to the socket that the service manager named; an address that begins with @ is abstract."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock, suppress(OSError):
+            sock.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
