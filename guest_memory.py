@@ -164,15 +164,18 @@ def atomic_or(word: memoryview, mask: int) -> None:
         raise ValueError(f"an atomic OR needs 4 bytes aligned to 4, not {word.nbytes} bytes at {address:#x}")
     for operation, operand in _or_steps(mask):
         encoded = operation << 28 | operand << 12
-        if _libc.syscall(
-            ctypes.c_long(_SYS_FUTEX or -1),
-            ctypes.c_void_p(address),
-            ctypes.c_int(_FUTEX_WAKE_OP),
-            ctypes.c_int(0),
-            ctypes.c_void_p(0),
-            ctypes.c_void_p(address),
-            ctypes.c_uint32(encoded),
-        ) < 0:
+        if (
+            _libc.syscall(
+                ctypes.c_long(_SYS_FUTEX or -1),
+                ctypes.c_void_p(address),
+                ctypes.c_int(_FUTEX_WAKE_OP),
+                ctypes.c_int(0),
+                ctypes.c_void_p(0),
+                ctypes.c_void_p(address),
+                ctypes.c_uint32(encoded),
+            )
+            < 0
+        ):
             raise OSError(ctypes.get_errno(), "futex(FUTEX_WAKE_OP) on a shared word")
 
 
@@ -386,4 +389,3 @@ class GuestMemoryAtomic:
     def replace(self, memory: GuestMemoryMmap) -> None:
         """Make `memory` the current one. Callers who derive it from the old one serialise themselves (the daemon's control thread does)."""
         self._memory = memory
-

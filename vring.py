@@ -1109,16 +1109,16 @@ class VringState:
                 queue = self._queue
                 if queue is None or not self.active:
                     return False
-                before = queue.taken
+                before, waiting = queue.taken, queue.available()
                 queue.disable_notification()
                 process(self)
                 self._flush()
-                progress = queue.taken != before
                 if self.broken is not None:
                     return False
-                if progress and queue.available():
+                declined = waiting and queue.taken == before  # the device leaves them where they are, until the next kick
+                if not declined and queue.available():
                     continue
-                if not queue.enable_notification() or not progress:
+                if not queue.enable_notification() or declined:
                     return False
         return True
 
