@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 
+from .diskcheck import RING_PACKED
 from .guest import NEWEST, OLDEST, Device, Machine, QemuGuest
 from .peers import serve_rng
 from .support import InteropTest
@@ -18,6 +19,8 @@ class Rng(InteropTest):
         self.addCleanup(guest.kill)
         guest.wait_ready()
         self.assertIn("virtio_rng", guest.run("cat /sys/class/misc/hw_random/rng_current"))
+        bits = guest.run("cat /sys/bus/virtio/drivers/virtio_rng/virtio*/features")
+        self.assertEqual(bits[RING_PACKED], "1" if properties.get("packed") else "0")
         data = bytes.fromhex(guest.run("dd if=/dev/hwrng bs=512 count=32 2>/dev/null | xxd -p | tr -d '\\n'"))
         self.assertGreaterEqual(len(data), 8192)
         self.assertGreater(len(zlib.compress(data)), len(data), "that is not random")
