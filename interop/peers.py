@@ -101,10 +101,15 @@ class Disk:
     packed: bool = True  # whether packed rings may be offered
 
 
+# User-mode Linux takes every feature that it is offered, so split rings there are for the device to ask for.
+WITHOUT_PACKED = "import sys; from devices import blk; blk.Blk.withheld_features |= 1 << 34; sys.exit(blk.main())"
+
+
 def _our_disk(disk: Disk, socket: Path) -> list[str]:
     if not (REPOSITORY / "devices/blk.py").exists():
         missing("devices/blk.py is missing")
-    argv = [sys.executable, "-m", "devices.blk", "--socket-path", str(socket), "--blk-file", str(disk.image)]
+    program = ["-m", "devices.blk"] if disk.packed else ["-c", WITHOUT_PACKED]
+    argv = [sys.executable, *program, "--socket-path", str(socket), "--blk-file", str(disk.image)]
     return [*argv, f"--num-queues={disk.num_queues}", *(["--read-only"] if disk.read_only else [])]
 
 
