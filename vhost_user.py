@@ -879,8 +879,8 @@ class VringEpollHandler:
             self._polled.add(position)
             self._wake.set()
         else:
-            self._kicks[kick] = position
             self._epoll.register(kick, select.EPOLLIN | select.EPOLLET)
+            self._kicks[kick] = position
 
     def unwatch(self, position: int) -> None:
         """The ring's kick eventfd is about to be closed, or there is none."""
@@ -1203,13 +1203,11 @@ class _Session:
         `gone`: the front-end is no more; what is in flight gets a moment only."""
         vring = self._vrings[index]
         was_started = vring.started
-        while not vring.suspend(timeout=1.0):
-            if gone or self._connection.peer_gone():
-                vring.unblock()
+        vring.suspend()
         waited = 0
-        while not vring.wait_idle(1.0):
+        while not vring.wait_idle(0.0 if vring.broken else 1.0):
             waited += 1
-            if gone or self._connection.peer_gone():
+            if gone or vring.broken or self._connection.peer_gone():
                 break
             log.log(logging.WARNING if waited % 5 == 0 else logging.DEBUG, "ring %d: %d in flight, waiting to stop", index, vring.in_flight)
         self._daemon.unwatch(index)

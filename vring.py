@@ -62,7 +62,7 @@ __all__ = [
     "VringT",
 ]
 
-log = logging.getLogger("vhost_user.vring")
+log = logging.getLogger("vhost_user")
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Facts
@@ -98,8 +98,7 @@ EVENT_FLAGS_DESC = 2
 
 _DESCRIPTOR_SIZE = 16
 _SWAP = sys.byteorder == "big"  # rings are little-endian
-_SPLIT_DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, next
-_PACKED_DESCRIPTOR = struct.Struct("<QIHH")  # address, length, id, flags
+_DESCRIPTOR = struct.Struct("<QIHH")  # address, length, then flags, next (split) or id, flags (packed)
 _PACKED_USED = struct.Struct("<IHH")  # length, id, flags
 _MOST_BYTES = 1 << 32  # a chain's length is a u32 in the used ring
 _EVENTFD_ONE = (1).to_bytes(8, sys.byteorder)
@@ -125,6 +124,10 @@ class VringError(Exception):
 
 class _MalformedChain(Exception):
     """The driver made a chain that breaks the rules; the ring goes on."""
+
+
+class _Scrambled(Exception):
+    """Descriptors that are not one chain in the order in which they stand: each has to be looked up."""
 
 
 class _BrokenRing(Exception):
@@ -203,17 +206,6 @@ def _span(parts: tuple[memoryview, ...], start: int, end: int) -> Iterator[memor
         end -= size
 
 
-_Piece = tuple[int, int, int]  # guest address, length in bytes, whether device-writable
-
-
-def _indirect_piece_error(length: int, size: int) -> str | None:
-    if not length or length % _DESCRIPTOR_SIZE:
-        return f"an indirect table of {length} bytes, not a multiple of {_DESCRIPTOR_SIZE}"
-    if length // _DESCRIPTOR_SIZE > max(size, MAX_INDIRECT):
-        return f"an indirect table of {length // _DESCRIPTOR_SIZE} descriptors on a queue of {size}"
-    return None
-
-
 # ---------------------------------------------------------------------------------------------------------------------------
 # Device side
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -228,7 +220,7 @@ class Queue(ABC):
     malformed    chains that were refused so far
     """
 
-    _MEMO_LIMIT = 8192  # parsed chains kept; about 1 KiB each
+    _MEMO_LIMIT = 2048  # parsed chains kept of each kind; about 1 KiB each
 
     def __init__(self, memory: GuestMemoryMmap, size: int, areas: tuple[int, int, int], features: int, complaint: Callable[[str], None]) -> None:
         """`areas` are the guest addresses of descriptor table or ring, driver area and device area. Raises GuestMemoryError when one is
@@ -254,6 +246,9 @@ class Queue(ABC):
         self._forget()
 
     def _forget(self) -> None:
+        self._ram = (0, 0, memoryview(b""))  # the region that was used last: guest address, size, view
+        self._learning = True
+        self._misses = self._taken_before = 0
         self._direct: dict[bytes, DescriptorChain] = {}
         self._by_table: dict[bytes, DescriptorChain] = {}
         self._tables: dict[bytes, memoryview] = {}
@@ -363,18 +358,24 @@ class Queue(ABC):
             self.completed.append((token, 0))
 
     def _remember(self, memo: dict[bytes, DescriptorChain], key: bytes, chain: DescriptorChain) -> None:
-        if len(memo) >= self._MEMO_LIMIT:
-            self._forget()
-            memo = self._direct if memo is self._direct else self._by_table
-        memo[key] = chain
+        """Keep a parsed chain, unless the driver uses new buffers all the time: then only a sample, to see when that changes."""
+        self._misses += 1
+        if not self._misses % 1024:
+            self._learning = self.taken - self._taken_before > 2 * 1024
+            self._taken_before = self.taken
+        if self._learning or not self._misses % 16:
+            if len(memo) >= self._MEMO_LIMIT:
+                memo.clear()
+            memo[key] = chain
 
     def _table(self, address: int, length: int, key: bytes) -> memoryview:
         """The view of an indirect table, checked. Remembered by `key`, the bytes of its descriptor."""
         if not self._indirect:
             raise _MalformedChain("an indirect descriptor, though VIRTIO_F_INDIRECT_DESC was not negotiated")
-        wrong = _indirect_piece_error(length, self.size)
-        if wrong:
-            raise _MalformedChain(wrong)
+        if not length or length % _DESCRIPTOR_SIZE:
+            raise _MalformedChain(f"an indirect table of {length} bytes, not a multiple of {_DESCRIPTOR_SIZE}")
+        if length // _DESCRIPTOR_SIZE > max(self.size, MAX_INDIRECT):
+            raise _MalformedChain(f"an indirect table of {length // _DESCRIPTOR_SIZE} descriptors on a queue of {self.size}")
         try:
             table = self._memory.view(address, length)
         except GuestMemoryError as error:
@@ -384,35 +385,69 @@ class Queue(ABC):
         self._tables[key] = table
         return table
 
-    def _chain(self, token: int, pieces: Sequence[_Piece]) -> DescriptorChain:
-        """The chain of checked descriptors: everything in RAM, readable before writable, under 4 GiB."""
+    def _chain(self, token: int, content: bytes, first: int | None) -> DescriptorChain:
+        """The chain whose descriptors are `content`, checked: everything in RAM, readable before writable, under 4 GiB.
+
+        `first`: for split, the index that the first one has in its table; raises _Scrambled when they are not one chain just like this.
+        None: packed, where they follow by position."""
         readable: list[memoryview] = []
         writable: list[memoryview] = []
-        sizes = [0, 0]
-        for address, length, write in pieces:
-            if write:
-                target = writable
-                sizes[1] += length
+        readable_len = writable_len = 0
+        start, size, ram = self._ram
+        number = first
+        for address, length, third, fourth in _DESCRIPTOR.iter_unpack(content):
+            flags = fourth if number is None else third
+            if flags & DESC_F_INDIRECT:
+                if number is not None:
+                    raise _Scrambled
+                raise _MalformedChain("an indirect descriptor where there may be none")
+            offset = address - start
+            if offset < 0 or offset + length > size or not length:
+                parts = self._elsewhere(address, length)
+                start, size, ram = self._ram
+            else:
+                parts = (ram[offset : offset + length],)
+            if flags & DESC_F_WRITE:
+                writable += parts
+                writable_len += length
             elif writable:
                 raise _MalformedChain("a device-readable descriptor behind a device-writable one")
             else:
-                target = readable
-                sizes[0] += length
-            region = self._memory.find_region(address)
-            if region is not None and address + length <= region.guest_addr + region.size:
-                offset = address - region.guest_addr
-                target.append(region.view[offset : offset + length])
-            else:
-                target += self._split_views(address, length)
-        if sizes[0] + sizes[1] >= _MOST_BYTES:
-            raise _MalformedChain(f"{sizes[0] + sizes[1]:#x} bytes in one chain")
-        return DescriptorChain(token, tuple(readable), tuple(writable), sizes[0], sizes[1])
+                readable += parts
+                readable_len += length
+            if number is not None:
+                if not flags & DESC_F_NEXT:
+                    break
+                number += 1
+                if fourth != number:
+                    raise _Scrambled
+        else:
+            if number is not None:
+                raise _Scrambled
+        if readable_len + writable_len >= _MOST_BYTES:
+            raise _MalformedChain(f"{readable_len + writable_len:#x} bytes in one chain")
+        return DescriptorChain(token, tuple(readable), tuple(writable), readable_len, writable_len)
 
-    def _split_views(self, address: int, length: int) -> list[memoryview]:
+    def _elsewhere(self, address: int, length: int) -> tuple[memoryview, ...]:
+        """The views of a buffer that is not in the region that was used last."""
         try:
-            return self._memory.views(address, length)
+            parts = tuple(self._memory.views(address, length))
         except GuestMemoryError as error:
             raise _MalformedChain(str(error)) from None
+        region = self._memory.find_region(address)
+        if region is not None:
+            self._ram = (region.guest_addr, region.size, region.view)
+        return parts
+
+
+def _renumbered(copies: list[bytes]) -> bytes:
+    """Descriptors of a split chain as they would stand one after another at the start of a table."""
+    content = bytearray()
+    for number, copy in enumerate(copies, 1):
+        address, length, flags, _ = _DESCRIPTOR.unpack(copy)
+        more = number < len(copies)
+        content += _DESCRIPTOR.pack(address, length, flags | DESC_F_NEXT if more else flags & ~DESC_F_NEXT, number if more else 0)
+    return bytes(content)
 
 
 class SplitQueue(Queue):
@@ -486,24 +521,26 @@ class SplitQueue(Queue):
         desc, spans, tables, direct, by_table = self._desc, self._spans, self._tables, self._direct, self._by_table
         rejected = 0
         for head in heads:
+            # What is wrong ends the batch: those before it go first, so that they can be put back, and then it comes again.
             try:
                 key = bytes(desc[spans[head]])
                 if key in tables:
                     content = bytes(tables[key])
                     chain = by_table.get(content)
                     if chain is None or chain._holder is not None:
-                        chain = self._chain(head, self._table_pieces(content))
-                        self._remember(by_table, content, chain)
+                        chain = self._parse_table(head, content)
                     chain._token = head
                 else:
                     chain = direct.get(key)
                     if chain is None or chain._holder is not None or chain._token != head:
-                        chain = self._parse(head)
+                        chain = self._parse(head, key)
             except IndexError:
+                if taken or rejected:
+                    break
                 raise _BrokenRing(f"available ring entry names descriptor {head} of {size}") from None
             except _MalformedChain as reason:
                 if taken:
-                    break  # those before it go first, so that they can be put back; then it comes again
+                    break
                 self._reject(head, reason)
                 rejected += 1
                 continue
@@ -521,64 +558,53 @@ class SplitQueue(Queue):
         self.outstanding -= len(chains)
         self._undo_hand_out(chains)
 
-    def _parse(self, head: int) -> DescriptorChain:
-        """The chain that begins at `head`, descriptor by descriptor."""
-        pieces: list[_Piece] = []
-        copies: list[bytes] = []
-        index = head
-        while True:
-            if index >= self.size:
-                raise _MalformedChain(f"next is {index}, the table has {self.size} descriptors")
-            if len(copies) == self.size:
-                raise _MalformedChain("the descriptors form a loop")
-            copy = bytes(self._desc[16 * index : 16 * index + 16])
-            copies.append(copy)
-            address, length, flags, following = _SPLIT_DESCRIPTOR.unpack(copy)
-            if flags & DESC_F_INDIRECT:
-                if flags & DESC_F_NEXT:
-                    raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
-                return self._parse_with_table(head, index, pieces, self._table(address, length, copy))
-            if length:
-                pieces.append((address, length, flags & DESC_F_WRITE))
-            if not flags & DESC_F_NEXT:
-                break
-            index = following
-        chain = self._chain(head, pieces)
-        if index == head + len(copies) - 1 and self._contiguous(head, copies):
-            self._spans[head] = slice(16 * head, 16 * (head + len(copies)))
-            self._remember(self._direct, b"".join(copies), chain)
+    def _parse(self, head: int, content: bytes) -> DescriptorChain:
+        """The chain that begins at `head`; `content`: what stood there, as many descriptors as the chain had last time."""
+        try:
+            chain = self._chain(head, content, head)
+        except _Scrambled:
+            pass
+        else:
+            self._remember(self._direct, content, chain)
+            return chain
+        copies = self._follow(self._desc, self.size, head)
+        address, length, flags, _ = _DESCRIPTOR.unpack(copies[-1])
+        if flags & DESC_F_INDIRECT:  # the last one may be, alone or behind others (virtio 1.3 §2.7.5.3.2)
+            if flags & DESC_F_NEXT:
+                raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
+            self._spans[head] = slice(16 * head, 16 * head + 16)
+            content = bytes(self._table(address, length, copies[-1]))
+            if len(copies) == 1:
+                return self._parse_table(head, content)
+            table = self._follow(content, len(content) // 16, 0, nested=True)
+            return self._chain(head, _renumbered(copies[:-1] + table), 0)
+        self._spans[head] = slice(16 * head, 16 * (head + len(copies)))  # a guess for the next time: they mostly stand together
+        return self._chain(head, _renumbered(copies), 0)
+
+    def _parse_table(self, head: int, content: bytes) -> DescriptorChain:
+        """The chain of an indirect table."""
+        try:
+            chain = self._chain(head, content, 0)
+        except _Scrambled:
+            chain = self._chain(head, _renumbered(self._follow(content, len(content) // 16, 0, nested=True)), 0)
+        self._remember(self._by_table, content, chain)
         return chain
 
     @staticmethod
-    def _contiguous(head: int, copies: list[bytes]) -> bool:
-        return all(_SPLIT_DESCRIPTOR.unpack(copy)[3] == head + step for step, copy in enumerate(copies[:-1], 1))
-
-    def _parse_with_table(self, head: int, index: int, pieces: list[_Piece], table: memoryview) -> DescriptorChain:
-        """A chain whose last descriptor refers to an indirect table, with or without others before it."""
-        content = bytes(table)
-        chain = self._chain(head, pieces + self._table_pieces(content))
-        self._spans[head] = slice(16 * head, 16 * head + 16)
-        if index == head:
-            self._remember(self._by_table, content, chain)
-        return chain
-
-    def _table_pieces(self, content: bytes) -> list[_Piece]:
-        entries = len(content) // 16
-        fields = _table_struct(entries).unpack(content)
-        pieces: list[_Piece] = []
-        at = 0
-        for _ in range(entries):
-            address, length, flags, following = fields[at : at + 4]
-            if flags & DESC_F_INDIRECT:
+    def _follow(table: memoryview | bytes, entries: int, index: int, nested: bool = False) -> list[bytes]:
+        """Copies of the descriptors from `index` on, up to one without NEXT or one with INDIRECT, which may not be in a `nested` table."""
+        copies: list[bytes] = []
+        while len(copies) < entries:
+            if index >= entries:
+                raise _MalformedChain(f"next is {index}, the table has {entries} descriptors")
+            copy = bytes(table[16 * index : 16 * index + 16])
+            copies.append(copy)
+            _, _, flags, index = _DESCRIPTOR.unpack(copy)
+            if nested and flags & DESC_F_INDIRECT:
                 raise _MalformedChain("an indirect descriptor inside an indirect table")
-            if length:
-                pieces.append((address, length, flags & DESC_F_WRITE))
-            if not flags & DESC_F_NEXT:
-                return pieces
-            if following >= entries:
-                raise _MalformedChain(f"next is {following}, the indirect table has {entries} descriptors")
-            at = 4 * following
-        raise _MalformedChain("the descriptors of the indirect table form a loop")
+            if not flags & DESC_F_NEXT or flags & DESC_F_INDIRECT:
+                return copies
+        raise _MalformedChain("the descriptors form a loop")
 
     def _publish(self, batch: list[tuple[int, int]]) -> None:
         size, count = self.size, len(batch)
@@ -685,19 +711,26 @@ class PackedQueue(Queue):
                 chain = direct.get(key)
                 token = chain._token if chain is not None else 0
             if chain is None or chain._holder is not None:
+                # What is wrong ends the batch: those before it go first, so that they can be put back, and then it comes again.
                 try:
                     chain, token = self._parse(position, content, token)
+                except _BrokenRing:
+                    if taken or rejected:
+                        break
+                    raise
                 except _MalformedChain as reason:
                     if taken:
-                        break  # those before it go first, so that they can be put back; then it comes again
+                        break
                     token = self._extent(position)
                     self._reject(token, reason)
                     rejected += 1
                     chain = None
             count = token >> 16
+            if count > room:
+                if taken or rejected:
+                    break
+                raise _BrokenRing(f"{size - room} of {size} descriptors are in flight, and {count} more are available")
             room -= count
-            if room < 0:
-                raise _BrokenRing(f"more than {size} descriptors in flight")
             if chain is not None:
                 chain._token = token
                 chain._holder = self
@@ -728,7 +761,7 @@ class PackedQueue(Queue):
         while len(copies) < self.size:
             copy = bytes(self._desc[16 * position : 16 * position + 16])
             copies.append(copy)
-            if not _PACKED_DESCRIPTOR.unpack(copy)[3] & DESC_F_NEXT:
+            if not _DESCRIPTOR.unpack(copy)[3] & DESC_F_NEXT:
                 return copies
             position = position + 1 if position + 1 < self.size else 0
         raise _BrokenRing(f"a chain of more than {self.size} descriptors")
@@ -736,49 +769,32 @@ class PackedQueue(Queue):
     def _extent(self, position: int) -> int:
         """The token of a chain that cannot be parsed: its id and how many descriptors it takes."""
         copies = self._descriptors(position)
-        identity: int = _PACKED_DESCRIPTOR.unpack(copies[-1])[2]
+        identity: int = _DESCRIPTOR.unpack(copies[-1])[2]
         return len(copies) << 16 | identity
 
     def _parse(self, position: int, content: bytes | None, token: int) -> tuple[DescriptorChain, int]:
         """The chain at `position`, and its token. `content`: its indirect table's bytes, where it is known to have one."""
         if content is None:
             copies = self._descriptors(position)
-            token = len(copies) << 16 | _PACKED_DESCRIPTOR.unpack(copies[-1])[2]
-            address, length, _, flags = _PACKED_DESCRIPTOR.unpack(copies[0])
+            token = len(copies) << 16 | _DESCRIPTOR.unpack(copies[-1])[2]
+            address, length, _, flags = _DESCRIPTOR.unpack(copies[0])
             if not flags & DESC_F_INDIRECT:
                 return self._parse_direct(position, copies, token), token
             if flags & DESC_F_NEXT:
                 raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
             content = bytes(self._table(address, length, copies[0]))
             self._spans[position] = slice(16 * position, 16 * position + 16)
-        chain = self._chain(token, self._table_pieces(content))
+        chain = self._chain(token, content, None)
         self._remember(self._by_table, content, chain)
         return chain, token
 
     def _parse_direct(self, position: int, copies: list[bytes], token: int) -> DescriptorChain:
-        pieces: list[_Piece] = []
-        for copy in copies:
-            address, length, _, flags = _PACKED_DESCRIPTOR.unpack(copy)
-            if flags & DESC_F_INDIRECT:
-                raise _MalformedChain("an indirect descriptor inside a chain")
-            if length:
-                pieces.append((address, length, flags & DESC_F_WRITE))
-        chain = self._chain(token, pieces)
+        content = b"".join(copies)
+        chain = self._chain(token, content, None)
         if position + len(copies) <= self.size:
-            self._spans[position] = slice(16 * position, 16 * (position + len(copies)))
-            self._remember(self._direct, b"".join(copies), chain)
+            self._spans[position] = slice(16 * position, 16 * position + len(content))
+            self._remember(self._direct, content, chain)
         return chain
-
-    @staticmethod
-    def _table_pieces(content: bytes) -> list[_Piece]:
-        fields = _table_struct(len(content) // 16).unpack(content)
-        pieces: list[_Piece] = []
-        for address, length, flags in zip(fields[0::4], fields[1::4], fields[3::4]):
-            if flags & DESC_F_INDIRECT:
-                raise _MalformedChain("an indirect descriptor inside an indirect table")
-            if length:
-                pieces.append((address, length, flags & DESC_F_WRITE))
-        return pieces
 
     def _publish(self, batch: list[tuple[int, int]]) -> None:
         desc, size, position = self._desc, self.size, self._next_used
@@ -869,7 +885,7 @@ class _NoLock:
     def acquire(self, wait: bool = True) -> bool:
         return True
 
-    def acquire_first(self, timeout: float = -1) -> bool:
+    def acquire_first(self, timeout: float) -> bool:
         return True
 
     def release(self) -> None:
@@ -908,8 +924,8 @@ class _RingLock:
             self._owner = 0
             self._lock.release()
 
-    def acquire_first(self, timeout: float = -1) -> bool:
-        """Before the worker's next batch. Returns whether the lock was had within `timeout` seconds (-1: without end)."""
+    def acquire_first(self, timeout: float) -> bool:
+        """Before the worker's next batch. Returns whether the lock was had within `timeout` seconds."""
         me = threading.get_ident()
         if self._owner != me:
             with self._gate:
@@ -982,7 +998,7 @@ class VringState:
         self._idle = threading.Event()
         self._kick: int | None = None
         self._call: int | None = None
-        self._call_waits: select.poll | None = None
+        self._call_room = select.poll()  # tells whether the call eventfd can be written without waiting
         self._err: int | None = None
         self._complaints = 0
         self._quiet_until = 0.0
@@ -1000,7 +1016,8 @@ class VringState:
     @contextmanager
     def get_mut(self) -> Iterator[VringState]:
         """The ring for this thread alone, ahead of its worker's next batch."""
-        self._lock.acquire_first()
+        while not self._lock.acquire_first(timeout=1.0):
+            self._unblock()
         try:
             yield self
         finally:
@@ -1164,15 +1181,17 @@ class VringState:
             self._signal()
 
     def _signal(self) -> None:
-        call = self._call
-        if call is None or (self._call_waits and not self._call_waits.poll(0)):
-            return
-        try:
-            os.write(call, _EVENTFD_ONE)
-        except BlockingIOError:
-            pass  # its counter is full: it is signalled
-        except OSError as error:
-            self.complain(f"call eventfd: {error}")
+        # A full counter, or a full pipe, would block the write: it is signalled already.
+        if self._call is not None and self._call_room.poll(0):
+            try:
+                os.write(self._call, _EVENTFD_ONE)
+            except OSError as error:
+                self.complain(f"call eventfd: {error}")
+
+    def _unblock(self) -> None:
+        """Free a worker that holds the lock because the front-end filled the call eventfd just before the write."""
+        if self._call is not None and not self._call_room.poll(0):
+            _clear(self._call)
 
     def complain(self, text: str) -> None:
         """Count what is wrong with the driver, and log it once in a while."""
@@ -1267,18 +1286,11 @@ class VringState:
             self.started = True
             self._settle()
 
-    def suspend(self, timeout: float = -1) -> bool:
-        """The first switch off: no further chain is taken. What is in flight may still be completed.
-
-        Returns false when the worker did not let go of the ring within `timeout` seconds (-1: wait without end)."""
+    def suspend(self) -> None:
+        """The first switch off: no further chain is taken. What is in flight may still be completed."""
         self.started = self.active = False  # ends the worker's iteration
-        if not self._lock.acquire_first(timeout):
-            return False
-        try:
+        with self.get_mut():
             self._settle()
-        finally:
-            self._release()
-        return True
 
     def wait_idle(self, timeout: float) -> bool:
         """Wait until nothing is in flight. Returns whether that is so."""
@@ -1344,7 +1356,9 @@ class VringState:
         with self.get_mut():
             _close(self._call)
             self._call = fd
-            self._call_waits = None if fd is None or _is_eventfd(fd) else _writable_poll(fd)
+            self._call_room = select.poll()
+            if fd is not None:
+                self._call_room.register(fd, select.POLLOUT)
 
     def set_err(self, fd: int | None) -> None:
         """As set_kick."""
@@ -1357,11 +1371,6 @@ class VringState:
         if self._kick is not None:
             _clear(self._kick)
         return self.active
-
-    def unblock(self) -> None:
-        """Free a worker that waits in its signal because the front-end filled the call eventfd's counter to the brim."""
-        if self._call is not None:
-            _clear(self._call)
 
 
 class VringMutex(VringState):
@@ -1405,26 +1414,13 @@ def _clear(fd: int) -> None:
         pass  # nothing to clear, or nothing that can be cleared
 
 
-def _is_eventfd(fd: int) -> bool:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
-    except OSError:
-        return False
-
-
-def _writable_poll(fd: int) -> select.poll:
-    """To look before each write: a pipe or a socket that nobody reads would block it."""
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return poll
-
-
 # ---------------------------------------------------------------------------------------------------------------------------
 # Driver side
 # ---------------------------------------------------------------------------------------------------------------------------
 
 Buffer = tuple[int, int]
 """Guest address and length in bytes of one part of a chain."""
+_Piece = tuple[int, int, int]  # guest address, length in bytes, flags
 
 
 def _align(offset: int, unit: int) -> int:
@@ -1573,13 +1569,13 @@ class SplitDriverQueue(DriverQueue):
             slot = self._free_heads.popleft()
             indices = [slot]
             address, length = self._write_table(slot, pieces, packed=False)
-            _SPLIT_DESCRIPTOR.pack_into(self._desc, 16 * slot, address, length, DESC_F_INDIRECT, 0)
+            _DESCRIPTOR.pack_into(self._desc, 16 * slot, address, length, DESC_F_INDIRECT, 0)
         else:
             indices = [self._free_heads.popleft() for _ in pieces]
             for number, (slot, (address, length, write)) in enumerate(zip(indices, pieces), 1):
                 more = number < len(pieces)
                 flags = write | (DESC_F_NEXT if more else 0)
-                _SPLIT_DESCRIPTOR.pack_into(self._desc, 16 * slot, address, length, flags, indices[number] if more else 0)
+                _DESCRIPTOR.pack_into(self._desc, 16 * slot, address, length, flags, indices[number] if more else 0)
         head = indices[0]
         self._chains[head] = indices
         self._store(self._avail, 2 + self._index % self.size, head)
@@ -1656,7 +1652,7 @@ class PackedDriverQueue(DriverQueue):
             if self._hidden is None:
                 self._hidden = (self._position, flags)
                 flags = self._load(self._flags, 8 * self._position + 7)
-            _PACKED_DESCRIPTOR.pack_into(self._desc, 16 * self._position, address, length, identity, flags)
+            _DESCRIPTOR.pack_into(self._desc, 16 * self._position, address, length, identity, flags)
             self._position += 1
             if self._position == self.size:
                 self._position = 0
@@ -1694,7 +1690,7 @@ class PackedDriverQueue(DriverQueue):
             return None
         if not STRONGLY_ORDERED:
             self._fence()
-        _, length, identity, _ = _PACKED_DESCRIPTOR.unpack_from(self._desc, 16 * self._used_position)
+        _, length, identity, _ = _DESCRIPTOR.unpack_from(self._desc, 16 * self._used_position)
         return identity, length
 
     def enable_notification(self) -> bool:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from vhost_user import Refused, VhostUserBackend, VringT, run_device
 from vring import DescriptorChain
 
-log = logging.getLogger("vhost_user.blk")
+log = logging.getLogger("vhost_user")
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Facts (virtio 1.3 §5.2.3, §5.2.4, §5.2.6)
@@ -45,7 +45,7 @@ F_WRITE_ZEROES = 1 << 14
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
 
-HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+REQUEST_HEADER = struct.Struct("<IIQ")  # type, reserved, sector
 SEGMENT = struct.Struct("<QII")  # sector, sectors, flags: of DISCARD and WRITE_ZEROES
 SEGMENT_F_UNMAP = 1
 ID_BYTES = 20
@@ -56,7 +56,7 @@ MAX_SEGMENTS = 32  # of one DISCARD or WRITE_ZEROES
 MAX_SEGMENT_SECTORS = (64 << 20) // SECTOR  # of each: bounds how long one request takes
 
 
-class Config(ctypes.LittleEndianStructure):
+class BlkConfig(ctypes.LittleEndianStructure):
     """struct virtio_blk_config as far as the features here go."""
 
     _pack_ = 1
@@ -294,19 +294,26 @@ class _Shape:
     __slots__ = ("header", "into", "into_len", "into_sectors", "out", "out_len", "out_sectors", "status")
 
     def __init__(self, chain: DescriptorChain) -> None:
-        first = chain.readable[0]
-        self.header = first[: HEADER.size] if len(first) >= HEADER.size else None
-        self.out = _cut(chain.readable, HEADER.size, chain.readable_len)
-        self.out_len = chain.readable_len - HEADER.size
-        self.out_sectors = _sectors(self.out_len)
-        self.into_len = chain.writable_len - 1
-        self.into = _cut(chain.writable, 0, self.into_len)
-        self.into_sectors = _sectors(self.into_len)
-        self.status = chain.writable[-1][-1:]
-
-
-def _sectors(length: int) -> int:
-    return length // SECTOR if length % SECTOR == 0 else -1
+        readable, writable = chain.readable, chain.writable
+        first, last = readable[0], writable[-1]
+        self.out: Views
+        self.into: Views
+        if len(first) == REQUEST_HEADER.size:  # as drivers have it
+            self.header: memoryview | None = first
+            self.out = readable[1:]
+        else:
+            self.header = first[: REQUEST_HEADER.size] if len(first) > REQUEST_HEADER.size else None
+            self.out = _cut(readable, REQUEST_HEADER.size, chain.readable_len)
+        if len(last) == 1:  # likewise
+            self.status = last
+            self.into = writable[:-1]
+        else:
+            self.status = last[-1:]
+            self.into = _cut(writable, 0, chain.writable_len - 1)
+        self.out_len = length = chain.readable_len - REQUEST_HEADER.size
+        self.out_sectors = -1 if length % SECTOR else length // SECTOR
+        self.into_len = length = chain.writable_len - 1
+        self.into_sectors = -1 if length % SECTOR else length // SECTOR
 
 
 def _cut(parts: Views, start: int, end: int) -> list[memoryview]:
@@ -347,7 +354,7 @@ class Blk(VhostUserBackend):
             self.features |= F_RO
         else:
             self.features |= F_WRITE_ZEROES | (F_DISCARD if image.can_discard else 0)
-        self.config: Config = Config(
+        self.config: BlkConfig = BlkConfig(
             capacity=self._capacity,
             size_max=SIZE_MAX,
             seg_max=SEG_MAX,
@@ -387,7 +394,7 @@ class Blk(VhostUserBackend):
         self._set_writeback(1)
 
     def set_config(self, offset: int, data: bytes, flags: int) -> None:
-        if offset != Config.writeback.offset or len(data) != 1 or data[0] > 1:
+        if offset != BlkConfig.writeback.offset or len(data) != 1 or data[0] > 1:
             raise Refused(f"only the writeback byte of config space can be written, not {len(data)} bytes at {offset}")
         self._set_writeback(data[0])
         if self._durable_writes:
@@ -405,15 +412,15 @@ class Blk(VhostUserBackend):
     # Requests
 
     def process_queue(self, vring: VringT) -> None:
-        read, write, add_used, unpack = self.image.read, self._write, vring.add_used, HEADER.unpack_from
+        read, write, add_used, unpack = self.image.read, self._write, vring.add_used, REQUEST_HEADER.unpack_from
         for chain in vring:
             shape = chain.memo
             if shape is None:
-                if chain.readable_len < HEADER.size or not chain.writable_len:
+                if chain.readable_len < REQUEST_HEADER.size or not chain.writable_len:
                     add_used(chain, self._refuse(chain))
                     continue
                 shape = chain.memo = _Shape(chain)
-            kind, _, sector = unpack(shape.header or b"".join(chain.readable)[: HEADER.size])
+            kind, _, sector = unpack(shape.header or b"".join(chain.readable)[: REQUEST_HEADER.size])
             try:
                 if kind == T_IN:
                     status = S_IOERR
