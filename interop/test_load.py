@@ -1,0 +1,43 @@
+"""vublk-load on the disk under test: a front-end of few lines that keeps a queue full, and checks what it reads."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from .diskcheck import MIB
+from .peers import Disk, build_load, serve_disk
+from .support import PATIENCE, InteropTest
+
+SIZE = 16 * MIB
+
+# Which features it takes, how deep, and whether it polls (then it wants no notification at all).
+WAYS = (
+    "--bs 4096 --qd 32",
+    "--bs 4096 --qd 1",
+    "--bs 4096 --qd 32 --no-event-idx",
+    "--bs 4096 --qd 64 --indirect",
+    "--bs 4096 --qd 32 --indirect --fresh",
+    "--bs 65536 --qd 8 --poll",
+    "--bs 131072 --qd 85",
+    "--bs 512 --qd 4 --qsize 16",
+)
+
+
+class Load(InteropTest):
+    def test_every_block_written_and_read_back(self) -> None:
+        load = build_load()
+        image = self.image("disk.img", SIZE)
+        backend = serve_disk(self, Disk(image), self.dir / "disk.sock")
+        for way in WAYS:
+            image.write_bytes(bytes(SIZE))  # so that what is read was written this way
+            with self.subTest(way):
+                self.load(load, "write", way)
+                self.assertNotIn(bytes(512), {image.read_bytes()[at : at + 512] for at in range(512, SIZE, MIB)})
+                self.load(load, "read", way)
+        self.assertTrue(backend.running())
+
+    def load(self, program: Path, kind: str, way: str) -> None:
+        argv = [str(program), "--socket", str(self.dir / "disk.sock"), "--rw", kind, *way.split(), "--time", "60", "--verify"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
