@@ -400,7 +400,7 @@ class Queue(ABC):
             if flags & DESC_F_INDIRECT:
                 if number is not None:
                     raise _Scrambled
-                raise _MalformedChain("an indirect descriptor where there may be none")
+                raise _MalformedChain("an indirect descriptor inside a chain or inside an indirect table")
             offset = address - start
             if offset < 0 or offset + length > size or not length:
                 parts = self._elsewhere(address, length)
@@ -593,10 +593,13 @@ class SplitQueue(Queue):
     @staticmethod
     def _follow(table: memoryview | bytes, entries: int, index: int, nested: bool = False) -> list[bytes]:
         """Copies of the descriptors from `index` on, up to one without NEXT or one with INDIRECT, which may not be in a `nested` table."""
+        name = "indirect table" if nested else "table"
         copies: list[bytes] = []
-        while len(copies) < entries:
+        while True:
             if index >= entries:
-                raise _MalformedChain(f"next is {index}, the table has {entries} descriptors")
+                raise _MalformedChain(f"next is {index}, the {name} has {entries} descriptors")
+            if len(copies) == entries:
+                raise _MalformedChain(f"the descriptors of the {name} form a loop")
             copy = bytes(table[16 * index : 16 * index + 16])
             copies.append(copy)
             _, _, flags, index = _DESCRIPTOR.unpack(copy)
@@ -604,7 +607,6 @@ class SplitQueue(Queue):
                 raise _MalformedChain("an indirect descriptor inside an indirect table")
             if not flags & DESC_F_NEXT or flags & DESC_F_INDIRECT:
                 return copies
-        raise _MalformedChain("the descriptors form a loop")
 
     def _publish(self, batch: list[tuple[int, int]]) -> None:
         size, count = self.size, len(batch)
@@ -710,6 +712,7 @@ class PackedQueue(Queue):
                 content = None
                 chain = direct.get(key)
                 token = chain._token if chain is not None else 0
+            refusal: _MalformedChain | None = None
             if chain is None or chain._holder is not None:
                 # What is wrong ends the batch: those before it go first, so that they can be put back, and then it comes again.
                 try:
@@ -721,17 +724,17 @@ class PackedQueue(Queue):
                 except _MalformedChain as reason:
                     if taken:
                         break
-                    token = self._extent(position)
-                    self._reject(token, reason)
-                    rejected += 1
-                    chain = None
+                    token, refusal = self._extent(position), reason
             count = token >> 16
             if count > room:
                 if taken or rejected:
                     break
-                raise _BrokenRing(f"{size - room} of {size} descriptors are in flight, and {count} more are available")
+                raise _BrokenRing(f"{count} more descriptors are available, with {size - room} of {size} descriptors in flight")
             room -= count
-            if chain is not None:
+            if refusal is not None:
+                self._reject(token, refusal)
+                rejected += 1
+            elif chain is not None:
                 chain._token = token
                 chain._holder = self
                 chain._read_at = chain._write_at = 0

@@ -1,0 +1,1687 @@
+"""Tests of the framework: `python3 -m unittest` where this file lies, or `python3 -m unittest test_all`.
+
+Vendor it with the three modules, flat or inside a package (`python3 -m unittest myapp._vendor.test_all`). With VHOST_USER_BUNDLE=FILE in the
+environment the tests run against that one file in place of the modules. Through `load_tests` the tests of `devices/` and `tools/` come
+along where those folders are.
+
+Nothing is mocked: a real daemon over a real socket, with real eventfds and shared memory. Front-ends are `Frontend` for what is right
+and `Peer`, raw bytes, for what is wrong; drivers likewise the driver sides of `vring` and `RawRing`. Every test counts what it leaves
+behind (file descriptors, mappings, threads), and fails for device code that raised an exception unless it expected that.
+
+In reading order: helpers, guest memory, rings alone, the wire and each request, rings of a daemon, the daemon's life, programs. Random tests
+print their seed when they fail; VHOST_USER_SEED=N runs that one again.
+
+`rule N` in a comment is a rule that implementations of vhost-user have got wrong.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import errno
+import fcntl
+import gc
+import importlib.util
+import json
+import logging
+import os
+import random
+import re
+import select
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+
+def _load_bundle(path: str) -> None:
+    """Take the one-file build at `path` for all three modules."""
+    spec = importlib.util.spec_from_file_location("vhost_user", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    for name in "vhost_user", "vring", "guest_memory":
+        sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+
+BUNDLE = os.environ.get("VHOST_USER_BUNDLE")
+if BUNDLE and sys.modules.get("vhost_user") is not sys.modules.get("vring", sys):
+    _load_bundle(BUNDLE)
+
+if TYPE_CHECKING or BUNDLE or not __package__:
+    import vhost_user
+    from guest_memory import MAX_REGIONS, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, atomic_or
+    from vhost_user import (
+        FEATURES,
+        PROTOCOL_FEATURES,
+        REQUESTS,
+        BackendChannel,
+        Config,
+        Connection,
+        Disconnected,
+        Frontend,
+        FrontendQueue,
+        Listener,
+        MemReg,
+        MemRegion,
+        MemTable,
+        ProtocolError,
+        Refused,
+        U64,
+        VhostUserBackend,
+        VhostUserBackendMut,
+        VhostUserDaemon,
+        VhostUserProtocolFeatures,
+        VringAddr,
+        VringFd,
+        VringStatePayload,
+    )
+    from vring import (
+        DescriptorChain,
+        DriverQueue,
+        PackedDriverQueue,
+        SplitDriverQueue,
+        VringError,
+        VringMutex,
+        VringRwLock,
+        VringState,
+        VringT,
+    )
+else:
+    from . import vhost_user
+    from .guest_memory import MAX_REGIONS, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, atomic_or
+    from .vhost_user import (
+        FEATURES,
+        PROTOCOL_FEATURES,
+        REQUESTS,
+        BackendChannel,
+        Config,
+        Connection,
+        Disconnected,
+        Frontend,
+        FrontendQueue,
+        Listener,
+        MemReg,
+        MemRegion,
+        MemTable,
+        ProtocolError,
+        Refused,
+        U64,
+        VhostUserBackend,
+        VhostUserBackendMut,
+        VhostUserDaemon,
+        VhostUserProtocolFeatures,
+        VringAddr,
+        VringFd,
+        VringStatePayload,
+    )
+    from .vring import (
+        DescriptorChain,
+        DriverQueue,
+        PackedDriverQueue,
+        SplitDriverQueue,
+        VringError,
+        VringMutex,
+        VringRwLock,
+        VringState,
+        VringT,
+    )
+
+
+def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: str | None) -> unittest.TestSuite:
+    """Take in the tests of the devices and tools beside this file. Discovery (which has a pattern) finds them by itself."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    if pattern is None and not __package__ and not BUNDLE:
+        for folder in "devices", "tools":
+            if os.path.isfile(os.path.join(here, folder, "__init__.py")):
+                tests.addTests(unittest.TestLoader().discover(os.path.join(here, folder), top_level_dir=here))
+    return tests
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Helpers: waiting, counting, logs
+# ---------------------------------------------------------------------------------------------------------------------------
+
+PATIENCE = 10.0
+"""Seconds after which something that should happen is said not to."""
+MOMENT = 0.03
+"""Seconds in which something that should not happen would have."""
+
+PF = VhostUserProtocolFeatures
+PAGE = os.sysconf("SC_PAGESIZE")
+BRIM = 2**64 - 2
+"""The most an eventfd counts to: the next write blocks."""
+
+F_NEXT, F_WRITE, F_INDIRECT = 1, 2, 4
+INDIRECT, EVENT_IDX, PROTOCOL, VERSION_1, PACKED, IN_ORDER, RING_RESET = (1 << bit for bit in (28, 29, 30, 32, 34, 35, 40))
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Wait for the condition, within reason."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {PATIENCE} s for {what}")
+        time.sleep(0.001)
+
+
+def open_fds() -> dict[int, str]:
+    """What this process has open."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return {fd: link for fd, link in found.items() if not link.endswith(f"/proc/{os.getpid()}/fd")}
+
+
+def shared_mappings() -> list[str]:
+    """The shared mappings of this process."""
+    with open("/proc/self/maps") as maps:
+        return [line for line in maps if line.split()[1].endswith("s")]
+
+
+def mapping_count() -> int:
+    """How many shared mappings there are, with garbage collected."""
+    gc.collect()
+    return len(shared_mappings())
+
+
+def is_readable(fd: int | socket.socket, seconds: float = 0.0) -> bool:
+    """Whether there is something to read within that time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+class _Log(logging.Handler):
+    """All that was logged. Keeps text only: a traceback would keep its frames, and all that they hold, alive."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.levelname} {record.getMessage()}"
+        if record.exc_info and record.exc_info[1] is not None:
+            text += f" [{type(record.exc_info[1]).__name__}: {record.exc_info[1]}]"
+        self.lines.append(text)
+
+
+class CoreTest(unittest.TestCase):
+    """A test that leaves nothing behind, and whose device code raises nothing it did not expect."""
+
+    def setUp(self) -> None:
+        self._log = _Log()
+        self._expected: list[str] = []
+        logger = logging.getLogger("vhost_user")
+        before = logger.level, logger.propagate
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(self._log)
+        fds, mappings, threads = open_fds(), len(shared_mappings()), set(threading.enumerate())
+
+        def check() -> None:
+            logger.removeHandler(self._log)
+            logger.level, logger.propagate = before
+            with contextlib.suppress(AssertionError):
+                wait_for = (fds, mappings, threads)
+                deadline = time.monotonic() + 2
+                while (open_fds(), len(shared_mappings()), set(threading.enumerate())) != wait_for and time.monotonic() < deadline:
+                    gc.collect()
+                    time.sleep(0.005)
+            leftover = [f"{fd}: {link}" for fd, link in open_fds().items() if fd not in fds]
+            self.assertEqual(leftover, [], "file descriptors are left over")
+            self.assertEqual(open_fds().keys(), fds.keys(), "file descriptors that are not the test's own were closed")
+            self.assertLessEqual(len(shared_mappings()), mappings, f"mappings are left over: {shared_mappings()}")
+            self.assertEqual([t.name for t in set(threading.enumerate()) - threads], [], "threads are left over")
+            unexpected = [line for line in self._log.lines if line.endswith("]") and not any(re.search(e, line) for e in self._expected)]
+            self.assertEqual(unexpected, [], "exceptions were logged")
+
+        self.addCleanup(check)
+
+    def expect_log(self, pattern: str, times: int | None = None) -> None:
+        """Something that matches was logged, or will be at once; just `times` times, if given."""
+        self._expected.append(pattern)
+        try:
+            wait_until(lambda: any(re.search(pattern, line) for line in self._log.lines), f"the log to say {pattern!r}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it says {self._log.lines}") from None
+        if times is not None:
+            self.assertEqual(len([line for line in self._log.lines if re.search(pattern, line)]), times, pattern)
+
+    def raises(self, error: type[BaseException], pattern: str) -> Any:
+        """The block raises `error`, whose message matches."""
+        return self.assertRaisesRegex(error, pattern)
+
+    def folder(self) -> str:
+        """A temporary folder for the length of the test."""
+        folder = tempfile.TemporaryDirectory(prefix="vhost-user-")
+        self.addCleanup(folder.cleanup)
+        return folder.name
+
+    def eventfd(self, count: int = 0, flags: int = os.EFD_CLOEXEC | os.EFD_NONBLOCK) -> int:
+        """An eventfd for the length of the test."""
+        fd = os.eventfd(0, flags)
+        if count:
+            os.write(fd, struct.pack("=Q", count))
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def memfd(self, size: int) -> int:
+        """A memfd for the length of the test."""
+        fd = os.memfd_create("test")
+        os.ftruncate(fd, size)
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def in_thread(self, work: Callable[[], object]) -> threading.Thread:
+        """Run `work` in a thread; the test waits for its end, and fails when it failed."""
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                failures.append(error)
+
+        def join() -> None:
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive(), "a thread of the test hangs")
+            self.assertEqual(failures, [])
+
+        thread = threading.Thread(target=run, name="test", daemon=True)
+        thread.start()
+        self.addCleanup(join)
+        return thread
+
+    @contextlib.contextmanager
+    def seeded(self, **about: object) -> Iterator[random.Random]:
+        """Random numbers, whose seed is told when the block fails."""
+        seed = int(os.environ.get("VHOST_USER_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+        with self.subTest(seed=seed, **about):
+            yield random.Random(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Helpers: devices, daemons, front-ends
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Echo(VhostUserBackendMut):
+    """Reads what is readable and writes it back to front. Notes what it is told."""
+
+    num_queues = 2
+    max_queue_size = 256
+    config = bytearray(b"0123456789abcdef")
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.processed = 0
+
+    def process_queue(self, vring: VringT) -> None:
+        self.processed += 1
+        for chain in vring:
+            vring.add_used(chain, chain.write(chain.read()[::-1]))
+
+    def acked_features(self, features: int) -> None:
+        self.events.append(("features", features))
+
+    def set_event_idx(self, enabled: bool) -> None:
+        self.events.append(("event_idx", enabled))
+
+    def update_memory(self, memory: GuestMemoryAtomic) -> None:
+        self.events.append(("memory", len(memory.memory().regions)))
+
+    def reset_device(self) -> None:
+        self.events.append(("reset",))
+
+    def set_status(self, status: int) -> int:
+        self.events.append(("status", status))
+        return status
+
+    def set_config(self, offset: int, data: bytes, flags: int) -> None:
+        if offset >= 8:
+            raise Refused("read-only from byte 8 on")
+        self.events.append(("config", offset, data, flags))
+
+    def connected(self) -> None:
+        self.events.append(("connected",))
+
+    def disconnected(self) -> None:
+        super().disconnected()
+        self.events.append(("disconnected",))
+
+    def ring_started(self, index: int, vring: VringT) -> None:
+        self.events.append(("started", index))
+
+    def ring_stopped(self, index: int) -> None:
+        self.events.append(("stopped", index))
+
+    def told(self, kind: str) -> list[tuple[Any, ...]]:
+        """What came with events of that kind."""
+        return [event[1:] for event in self.events if event[0] == kind]
+
+
+class Later(Echo):
+    """The same, when the test says so: from the test's thread, in the order the test likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[tuple[VringT, DescriptorChain]] = []
+
+    def process_queue(self, vring: VringT) -> None:
+        for chain in vring:
+            self.held.append((vring, chain))
+
+    def complete(self, position: int = -1) -> None:
+        """Complete one of those held."""
+        vring, chain = self.held.pop(position)
+        vring.add_used(chain, chain.write(chain.read()[::-1]))
+
+    def holds(self, count: int) -> None:
+        """Wait until that many are held."""
+        wait_until(lambda: len(self.held) >= count, f"{count} chains to be taken")
+
+
+class Failing(Echo):
+    """Raises in ring 0 when it reads b'fail'."""
+
+    def process_queue(self, vring: VringT) -> None:
+        for chain in vring:
+            data = chain.read()
+            if data == b"fail":
+                raise RuntimeError("as asked")
+            vring.add_used(chain, chain.write(data[::-1]))
+
+
+class Served:
+    """A daemon that serves a device at a socket."""
+
+    def __init__(self, device: VhostUserBackend, path: str, vring: type[VringState] = VringMutex) -> None:
+        self.path = path
+        self.daemon = VhostUserDaemon("test", device, vring=vring)
+        self.daemon.start(path)
+
+    def connect(self) -> Frontend:
+        """A front-end that has connected."""
+        return Frontend.connect(self.path)
+
+    def peer(self, **options: Any) -> Peer:
+        """Raw bytes to it."""
+        return Peer(self.path, **options)
+
+    def wait(self) -> None:
+        """Wait for the daemon's end, within reason."""
+        wait_for_end(self.daemon)
+
+
+def wait_for_end(daemon: VhostUserDaemon) -> None:
+    """`daemon.wait()`, within reason."""
+    failure: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            daemon.wait()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=wait, name="waits-for-daemon", daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if thread.is_alive():
+        raise AssertionError("the daemon does not end")
+    if failure:
+        raise failure[0]
+
+
+class DaemonTest(CoreTest):
+    """A test with a daemon."""
+
+    @contextlib.contextmanager
+    def serving(self, device: VhostUserBackend, vring: type[VringState] = VringMutex) -> Iterator[Served]:
+        """The device, served at a socket; in the end the daemon is shut down, and the socket gone."""
+        with tempfile.TemporaryDirectory(prefix="vhost-user-") as folder:
+            served = Served(device, f"{folder}/sock", vring)
+            try:
+                yield served
+            finally:
+                served.daemon.shutdown()
+                served.wait()
+            self.assertEqual(os.listdir(folder), [], "the socket is left over")
+
+    @contextlib.contextmanager
+    def connected(self, device: VhostUserBackend, queues: int = 1, vring: type[VringState] = VringMutex, **setup: Any) -> Iterator[Frontend]:
+        """A front-end that has done all that a VMM does until the device can be used."""
+        with self.serving(device, vring) as served, served.connect() as frontend:
+            setup.setdefault("memory", 4 << 20)
+            setup.setdefault("size", 64)
+            frontend.setup(queues, **setup)
+            yield frontend
+
+    @contextlib.contextmanager
+    def prepared(self, device: VhostUserBackend, features: int = -1, protocol_features: int = -1) -> Iterator[tuple[Frontend, Rig]]:
+        """A front-end that has negotiated, and memory that is not shared yet."""
+        with self.serving(device) as served, served.connect() as frontend:
+            frontend.negotiate(features & ~(PACKED | IN_ORDER), protocol_features)
+            yield frontend, Rig(frontend)
+
+    def echo(self, frontend: Frontend, queue: FrontendQueue, data: bytes = b"ping", kick: bool = False) -> None:
+        """One request and its answer, right in every byte."""
+        at, size = frontend.arena
+        frontend.memory.write(at, data)
+        frontend.memory.write(at + size // 2, bytes(len(data)))
+        queue.submit([(at, len(data))], [(at + size // 2, len(data))], data)
+        if kick:
+            queue.kick()
+        self.assertEqual(queue.wait(PATIENCE), [(data, len(data))])
+        self.assertEqual(frontend.memory.read(at + size // 2, len(data)), data[::-1])
+
+
+RAM = 1 << 30
+
+
+class Rig:
+    """RAM of a front-end and a driver side for each ring, for tests that take each step by themselves."""
+
+    def __init__(self, frontend: Frontend, size: int = 16, share: bool = False) -> None:
+        self.frontend = frontend
+        self.size = size
+        self.memory = GuestMemoryMmap.from_ranges([(RAM, 1 << 20)])
+        frontend.memory = self.memory  # for user_addr
+        frontend.arena = (RAM + 0x80000, 0x80000)
+        if share:
+            self.share()
+
+    def share(self) -> None:
+        """Make the RAM known to the back-end."""
+        self.frontend.memory = GuestMemoryMmap()
+        self.frontend.share_memory(self.memory)
+
+    def driver(self, index: int = 0) -> SplitDriverQueue:
+        """A new driver side, on a clean ring."""
+        at = RAM + index * 0x10000
+        length, (desc, avail, used) = SplitDriverQueue.layout(self.size)
+        self.memory.write(at, bytes(length))
+        return SplitDriverQueue(self.memory, self.size, (at + desc, at + avail, at + used), self.frontend.features)
+
+    def add(self, driver: DriverQueue, data: bytes = b"ping") -> None:
+        """One request, published and not kicked."""
+        at, size = self.frontend.arena
+        self.memory.write(at, data)
+        driver.add([(at, len(data))], [(at + size // 2, len(data))], data)
+        driver.publish()
+
+    def addresses(self, index: int, driver: DriverQueue) -> VringAddr:
+        """The payload of SET_VRING_ADDR."""
+        desc, avail, used = map(self.frontend.user_addr, driver.areas)
+        return VringAddr(index, 0, desc, used, avail, 0)
+
+
+def negotiated(offered: int, wanted: int = -1) -> int:
+    """What both have."""
+    return offered & wanted
+
+
+class Peer:
+    """A front-end that sends whatever it is told to, and says what it expects.
+
+    OK        acknowledged with 0
+    REFUSED   acknowledged with something else, and the connection stays
+    CLOSED    the connection ends, without an answer
+    SILENT    no answer: the next one is that to GET_FEATURES
+    bytes     the payload of an explicit reply
+    """
+
+    OK, REFUSED, CLOSED, SILENT = "acknowledged", "refused", "closed", "silent"
+
+    def __init__(self, path: str, protocol_features: int = -1, features: int | None = None) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(PATIENCE)
+        self.socket.connect(path)
+        if protocol_features:
+            self.send(15)
+            [offered] = struct.unpack("=Q", self.answer()[2])
+            self.msg("SET_PROTOCOL_FEATURES", struct.pack("=Q", offered & protocol_features), flags=1, expect=None)
+        if features is not None:
+            self.msg("SET_FEATURES", struct.pack("=Q", features))
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, request: int, payload: bytes = b"", flags: int = 1, fds: Sequence[int] = (), size: int | None = None) -> None:
+        """A message; `size` to lie about the payload's."""
+        self.raw(struct.pack("=III", request, flags, len(payload) if size is None else size) + payload, fds)
+
+    def raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Bytes, with descriptors at the first."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self.socket.sendmsg([data], rights)
+
+    def answer(self) -> tuple[int, int, bytes]:
+        """Request, flags and payload of the next message from the back-end. Raises EOFError at the end of the connection."""
+        request, flags, size = struct.unpack("=III", self._exactly(12))
+        return request, flags, self._exactly(size)
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                piece = self.socket.recv(size - len(data))
+            except ConnectionError:
+                piece = b""
+            if not piece:
+                raise EOFError(f"the connection ends after {data!r}")
+            data += piece
+        return data
+
+    def is_closed(self) -> None:
+        """Wait for the connection's end; nothing else may come."""
+        try:
+            answer = self.answer()
+        except EOFError as error:
+            if "after b''" not in str(error):
+                raise
+            return
+        raise AssertionError(f"the connection lives, and says {answer}")
+
+    def lives(self) -> None:
+        """The next message is the answer to our next question."""
+        self.send(1)
+        answer = self.answer()
+        if answer[:2] != (1, 5):
+            raise AssertionError(f"GET_FEATURES is answered by {answer}")
+
+    def msg(self, name: str | int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 1 | 8, expect: str | bytes | None = OK) -> None:
+        """Send a request; see that the answer is the expected one, and the only one."""
+        number = name if isinstance(name, int) else REQUESTS[name].number
+        try:
+            self.send(number, payload, flags, fds)
+        except BrokenPipeError:
+            if expect != self.CLOSED:
+                raise
+        if expect is None:
+            return
+        if expect == self.CLOSED:
+            self.is_closed()
+            return
+        if expect != self.SILENT:
+            request, answer_flags, data = self.answer()
+            if (request, answer_flags) != (number, 5):  # flags: version 1 and REPLY, and never NEED_REPLY
+                raise AssertionError(f"{name} is answered by message {request} with flags {answer_flags:#x}")
+            if isinstance(expect, bytes):
+                if data != expect:
+                    raise AssertionError(f"{name}: expected {expect.hex()}, not {data.hex()}")
+            elif len(data) != 8 or (data == bytes(8)) != (expect == self.OK):
+                raise AssertionError(f"{name}: expected to be {expect}, not {data.hex()}")
+        self.lives()
+
+
+OK, REFUSED, CLOSED, SILENT = Peer.OK, Peer.REFUSED, Peer.CLOSED, Peer.SILENT
+
+
+def u64(value: int) -> bytes:
+    """A U64 payload."""
+    return struct.pack("=Q", value)
+
+
+def pair(index: int, num: int) -> bytes:
+    """A vring state payload."""
+    return struct.pack("=II", index, num)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Guest memory
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class RegionTests(CoreTest):
+    """GuestRegionMmap."""
+
+    def test_region_shows_the_files_bytes_and_writes_through(self) -> None:
+        fd = self.memfd(4 * PAGE)
+        os.pwrite(fd, b"hello", PAGE)
+        region = GuestRegionMmap(fd, 0x1000, PAGE, 0x7000, PAGE)
+        self.assertEqual(bytes(region.view[:5]), b"hello")
+        region.view[:5] = b"olleh"
+        self.assertEqual(os.pread(fd, 5, PAGE), b"olleh")
+
+    def test_offset_and_size_may_be_odd(self) -> None:
+        """rule 10: the mapping is of whole pages, the region begins inside."""
+        fd = self.memfd(4 * PAGE)
+        os.pwrite(fd, b"odd", PAGE + 123)
+        region = GuestRegionMmap(fd, 0x1000, PAGE + 77, 0, PAGE + 123)
+        self.assertEqual((bytes(region.view[:3]), len(region.view)), (b"odd", PAGE + 77))
+
+    def test_fd_stays_the_callers(self) -> None:
+        fd = os.memfd_create("test")
+        os.ftruncate(fd, PAGE)
+        region = GuestRegionMmap(fd, 0, PAGE, 0)
+        os.close(fd)
+        region.view[0] = 1
+
+    def test_short_file_is_refused_with_the_likely_cause(self) -> None:
+        fd = self.memfd(PAGE)
+        with self.raises(GuestMemoryError, r"0x1000 bytes, the region ends at 0x1001: .*truncated"):
+            GuestRegionMmap(fd, 0, PAGE, 0, 1)
+
+    def test_what_is_no_memory_is_refused_with_the_likely_cause(self) -> None:
+        for fd in (*os.pipe(), os.open("/tmp", os.O_RDONLY)):
+            self.addCleanup(os.close, fd)
+            with self.raises(GuestMemoryError, "share=on"):
+                GuestRegionMmap(fd, 0, PAGE, 0)
+
+    def test_read_only_file_is_refused_with_the_likely_cause(self) -> None:
+        fd = os.open(f"/proc/self/fd/{self.memfd(PAGE)}", os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        with self.raises(GuestMemoryError, "readonly=on"):
+            GuestRegionMmap(fd, 0, PAGE, 0)
+
+    def test_eventfd_is_refused(self) -> None:
+        with self.raises(GuestMemoryError, "cannot be mapped|no memory"):
+            GuestRegionMmap(self.eventfd(), 0, PAGE, 0)
+
+    def test_ranges_that_are_none_are_refused(self) -> None:
+        fd = self.memfd(PAGE)
+        for guest_addr, size, user_addr, offset in (0, 0, 0, 0), (2**64 - PAGE, PAGE + 1, 0, 0), (0, PAGE, 2**64 - 1, 0), (0, PAGE, 0, 2**64 - 1):
+            with self.raises(GuestMemoryError, "is empty or leaves the address space"):
+                GuestRegionMmap(fd, guest_addr, size, user_addr, offset)
+
+    def test_mapping_goes_with_the_last_view(self) -> None:
+        before = mapping_count()
+        region = GuestRegionMmap.allocate(0, PAGE)
+        view = region.view[10:20]
+        del region
+        self.assertEqual(mapping_count(), before + 1)
+        view[0] = 1
+        del view
+        self.assertEqual(mapping_count(), before)
+
+    def test_allocated_region_gives_its_fd_and_others_have_none(self) -> None:
+        region = GuestRegionMmap.allocate(0, PAGE)
+        other = GuestRegionMmap(region.fileno(), 0, PAGE, 0)
+        region.view[5] = 7
+        self.assertEqual(other.view[5], 7)
+        self.assertEqual(region.user_addr, region.host_addr)
+        with self.raises(ValueError, "shared by somebody else"):
+            other.fileno()
+
+    def test_hugetlb_region(self) -> None:
+        """A file of huge pages: any size and offset, munmap of whole huge pages."""
+        with _huge_pages(self, 3) as huge:
+            fd = os.memfd_create("huge", os.MFD_HUGETLB)
+            self.addCleanup(os.close, fd)
+            os.ftruncate(fd, 3 * huge)
+            before = mapping_count()
+            region = GuestRegionMmap(fd, RAM, huge + 5 * PAGE, 0, huge - 3 * PAGE)
+            region.view[3 * PAGE] = 42
+            region.view[-1] = 43
+            whole = GuestRegionMmap(fd, 0, 3 * huge, 0)
+            self.assertEqual((whole.view[huge], whole.view[2 * huge + 2 * PAGE - 1]), (42, 43))
+            del region, whole
+            self.assertEqual(mapping_count(), before)
+
+
+@contextlib.contextmanager
+def _huge_pages(test: unittest.TestCase, count: int) -> Iterator[int]:
+    """The size of a huge page, with that many free ones; skips the test where there are none."""
+    knob = "/proc/sys/vm/nr_hugepages"
+    with open("/proc/meminfo") as info:
+        values = {line.split(":")[0]: int(line.split()[1]) for line in info}
+    free, size = values.get("HugePages_Free", 0), values.get("Hugepagesize", 0) << 10
+    before = None
+    try:
+        if free < count:
+            with open(knob) as file:
+                before = int(file.read())
+            try:
+                with open(knob, "w") as file:
+                    file.write(str(before + count))
+            except OSError as error:
+                before = None
+                test.skipTest(f"no huge pages, and {knob} cannot be written: {error.strerror}")
+            with open(knob) as file:
+                if int(file.read()) < before + count:
+                    test.skipTest("the kernel has no huge pages to give")
+        yield size
+    finally:
+        if before is not None:
+            with open(knob, "w") as file:
+                file.write(str(before))
+
+
+class MemoryTests(CoreTest):
+    """GuestMemoryMmap and GuestMemoryAtomic."""
+
+    def test_no_regions_at_all(self) -> None:
+        memory = GuestMemoryMmap()
+        self.assertEqual((memory.regions, memory.find_region(0), memory.read(0, 0)), ((), None, b""))
+        with self.raises(GuestMemoryError, "leave RAM"):
+            memory.read(0, 1)
+        with self.raises(GuestMemoryError, "in no region"):
+            memory.user_to_guest(0)
+
+    def test_509_regions_and_not_one_more(self) -> None:
+        fd = self.memfd(PAGE)
+        regions = [GuestRegionMmap(fd, n * PAGE, PAGE, n * PAGE) for n in range(MAX_REGIONS)]
+        memory = GuestMemoryMmap(regions)
+        for n in 0, 1, MAX_REGIONS // 2, MAX_REGIONS - 1:
+            self.assertIs(memory.find_region(n * PAGE + 5), regions[n])
+        self.assertIsNone(memory.find_region(MAX_REGIONS * PAGE))
+        with self.raises(GuestMemoryError, "510 memory regions, more than 509"):
+            memory.insert_region(GuestRegionMmap(fd, MAX_REGIONS * PAGE, PAGE, MAX_REGIONS * PAGE))
+
+    def test_overlap_is_refused_in_guest_and_in_user_addresses(self) -> None:
+        """rule 13"""
+        fd = self.memfd(4 * PAGE)
+        one = GuestRegionMmap(fd, 0x10000, 2 * PAGE, 0x50000)
+        with self.raises(GuestMemoryError, "overlap in guest addresses"):
+            GuestMemoryMmap([one, GuestRegionMmap(fd, 0x10000 + 2 * PAGE - 1, PAGE, 0)])
+        with self.raises(GuestMemoryError, "overlap in user addresses"):
+            GuestMemoryMmap([one, GuestRegionMmap(fd, 0, PAGE, 0x50000 - 1)])
+        GuestMemoryMmap([one, GuestRegionMmap(fd, 0x10000 + 2 * PAGE, PAGE, 0x50000 - PAGE)])
+
+    def test_reads_and_writes_span_adjacent_regions(self) -> None:
+        memory = GuestMemoryMmap.from_ranges([(0x10000, PAGE), (0x10000 + PAGE, PAGE), (0x10000 + 2 * PAGE, PAGE)])
+        data = bytes(range(256)) * 20
+        memory.write(0x10000 + PAGE - 100, data)
+        self.assertEqual(memory.read(0x10000 + PAGE - 100, len(data)), data)
+        self.assertEqual([len(v) for v in memory.views(0x10000 + PAGE - 100, PAGE + 200)], [100, PAGE, 100])
+        with self.raises(GuestMemoryError, "not in one region"):
+            memory.view(0x10000 + PAGE - 1, 2)
+
+    def test_ranges_across_a_hole_are_refused_and_nothing_is_written(self) -> None:
+        memory = GuestMemoryMmap.from_ranges([(0x10000, PAGE), (0x10000 + 2 * PAGE, PAGE)])
+        with self.raises(GuestMemoryError, rf"leave RAM at {0x10000 + PAGE:#x}"):
+            memory.write(0x10000 + PAGE - 4, b"12345678")
+        self.assertEqual(memory.read(0x10000 + PAGE - 4, 4), bytes(4))
+        for address, length in (0xFFFF, 2), (0x10000 + 3 * PAGE - 1, 2), (2**64 - 1, 1), (0x10000, 2**63):
+            with self.raises(GuestMemoryError, ""):
+                memory.views(address, length)
+            with self.raises(GuestMemoryError, ""):
+                memory.view(address, length)
+
+    def test_user_addresses_are_translated_within_one_region(self) -> None:
+        fd = self.memfd(2 * PAGE)
+        memory = GuestMemoryMmap([GuestRegionMmap(fd, 0x10000, PAGE, 0x7F0000), GuestRegionMmap(fd, 0x50000, PAGE, 0x100000, PAGE)])
+        self.assertEqual(memory.user_to_guest(0x7F0010), 0x10010)
+        self.assertEqual(memory.user_to_guest(0x100000, PAGE), 0x50000)
+        for address, length in (0x7F0000 + PAGE, 1), (0x7EFFFF, 1), (0x7F0000, PAGE + 1), (0, 1):
+            with self.raises(GuestMemoryError, "in no region"):
+                memory.user_to_guest(address, length)
+
+    def test_region_is_removed_by_guest_address_user_address_and_size(self) -> None:
+        """rule 11: by three fields, whatever the offset."""
+        fd = self.memfd(4 * PAGE)
+        memory = GuestMemoryMmap([GuestRegionMmap(fd, 0x10000, PAGE, 0x50000, PAGE)])
+        for wrong in (0x10001, 0x50000, PAGE), (0x10000, 0x50001, PAGE), (0x10000, 0x50000, PAGE + 1):
+            with self.raises(GuestMemoryError, r"no region of .* \(have region"):
+                memory.remove_region(*wrong)
+        self.assertEqual(memory.remove_region(0x10000, 0x50000, PAGE).regions, ())
+
+    def test_snapshot_outlives_a_swap(self) -> None:
+        atomic = GuestMemoryAtomic()
+        self.assertEqual(atomic.memory().regions, ())
+        atomic.replace(GuestMemoryMmap.from_ranges([(0, PAGE)]))
+        snapshot = atomic.memory()
+        view = snapshot.view(0, 4)
+        before = mapping_count()
+        atomic.replace(GuestMemoryMmap())
+        del snapshot
+        view[:] = b"safe"
+        self.assertEqual(mapping_count(), before)
+        del view
+        self.assertEqual(mapping_count(), before - 1)
+
+
+class OrderTests(CoreTest):
+    """The fence and the atomic OR."""
+
+    def test_fence_is_callable_again_and_again_and_cheap(self) -> None:
+        fence = Fence()
+
+        def cost() -> float:
+            start = time.perf_counter()
+            for _ in range(2000):
+                fence()
+            return (time.perf_counter() - start) / 2000
+
+        self.assertLess(min(cost() for _ in range(10)), 5e-6, "seconds for a fence")
+
+    def test_atomic_or_of_every_shape_of_mask(self) -> None:
+        word = GuestRegionMmap.allocate(0, PAGE).view[8:12]
+        number = word.cast("I")
+        masks = [0, 1, 0x7FF, 0x800, 0xFFF, 0x1000, 0x80000000, 0xFFFFFFFF, 0xFFFFF800, 0xFFFFF7FF, 0xFFFFF000, 0x12345678, 0xAAAAAAAA]
+        for mask in masks + [1 << bit for bit in range(32)] + [(1 << bit) - 1 for bit in range(33)]:
+            for before in 0, 0x40010200:
+                number[0] = before
+                atomic_or(word, mask)
+                self.assertEqual(number[0], before | mask, hex(mask))
+
+    def test_atomic_or_touches_its_word_alone(self) -> None:
+        view = GuestRegionMmap.allocate(0, PAGE).view
+        atomic_or(view[4:8], 0xFFFFFFFF)
+        self.assertEqual(bytes(view[:12]), bytes(4) + b"\xff" * 4 + bytes(4))
+
+    def test_atomic_or_wants_four_aligned_bytes(self) -> None:
+        view = GuestRegionMmap.allocate(0, PAGE).view
+        for wrong in view[0:3], view[0:8], view[1:5], view[2:6], view[0:0]:
+            with self.raises(ValueError, "4 bytes aligned to 4"):
+                atomic_or(wrong, 1)
+
+    def test_atomic_or_loses_no_bit_to_another_process(self) -> None:
+        """Two processes go through the words in step; each waits for the other's bit, which a read-modify-write would overwrite now and then."""
+        words = 20000
+        region = GuestRegionMmap.allocate(0, 4 * words)
+        numbers = region.view.cast("I")
+        source = f"""
+            fd, words = map(int, sys.argv[1:])
+            region = guest_memory.GuestRegionMmap(fd, 0, 4 * words, 0)
+            {_IN_STEP}
+            print("ready", flush=True)
+            in_step(guest_memory.atomic_or, region.view, words, 2, 1)
+            """
+        scope: dict[str, Any] = {}
+        exec(_IN_STEP.replace("\n            ", "\n"), scope)
+        child = program(self, source, str(region.fileno()), str(words), pass_fds=[region.fileno()])
+        assert child.stdout
+        self.assertEqual(child.stdout.readline(), "ready\n")
+        lost = scope["in_step"](atomic_or, region.view, words, 1, 2)
+        self.assertEqual(child.wait(PATIENCE), 0)
+        self.assertEqual(lost, 0)
+        self.assertEqual(set(numbers), {3})
+
+
+_IN_STEP = """
+            def in_step(atomic_or, view, words, mine, other):
+                import time, os
+                numbers = view.cast("I")
+                lost = 0
+                deadline = time.monotonic() + 5
+                for n in range(words):
+                    atomic_or(view[4 * n : 4 * n + 4], mine)
+                    spins = 0
+                    while not numbers[n] & other:
+                        spins += 1
+                        if spins % 64 == 0:
+                            os.sched_yield()
+                            if time.monotonic() > deadline:
+                                return lost + 1
+                    lost += not numbers[n] & mine
+                return lost
+"""
+
+
+def program(test: CoreTest, source: str, *arguments: str, pass_fds: Sequence[int] = (), **options: Any) -> subprocess.Popen[str]:
+    """Run Python source, indented by 12, in which vhost_user, vring and guest_memory are these modules. It is killed with the test."""
+    if BUNDLE:
+        load = f"import sys, importlib.util\nspec = importlib.util.spec_from_file_location('vhost_user', {os.path.abspath(BUNDLE)!r})\n"
+        load += "vhost_user = vring = guest_memory = importlib.util.module_from_spec(spec)\n"
+        load += "sys.modules['vhost_user'] = vhost_user\nspec.loader.exec_module(vhost_user)\n"
+    else:
+        prefix = f"from {__package__} import" if __package__ else "import"
+        load = f"import sys\n{prefix} vhost_user, vring, guest_memory\n"
+    path = os.path.join(test.folder(), "program.py")
+    with open(path, "w") as file:
+        file.write(load + source.replace("\n            ", "\n"))
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(os.path.abspath(entry) for entry in sys.path))
+    environment.update(options.pop("environment", {}))
+    launcher = options.pop("launcher", [])
+    child = subprocess.Popen(
+        [sys.executable, *launcher, path, *arguments],
+        pass_fds=pass_fds,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+    def end() -> None:
+        child.kill()
+        child.communicate()
+
+    test.addCleanup(end)
+    return child
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Rings alone: one that a hostile driver writes by hand
+# ---------------------------------------------------------------------------------------------------------------------------
+
+RINGS = 0x10000  # guest addresses of the rings, of the indirect tables, and of the buffers of a RawRing
+TABLES = 0x20000
+DATA = 0x30000
+END = 0x50000  # of RAM. A second region lies behind the first, and a third behind a hole
+FAR = 0x60000
+
+Descriptor = tuple[int, int, int, int]
+"""Guest address, length, flags, and next (split) or id (packed)."""
+
+
+class RawRing:
+    """A running ring, and a driver that writes each descriptor by hand, so that it can lie.
+
+    `offer` makes chains available as a driver does, `run` lets the device serve them, `returned` tells what came back.
+    """
+
+    def __init__(
+        self, packed: bool = False, size: int = 8, features: int = INDIRECT | EVENT_IDX, kind: type[VringState] = VringState, base: int | None = None
+    ) -> None:
+        self.packed = packed
+        self.size = size
+        self.atomic = GuestMemoryAtomic(GuestMemoryMmap.from_ranges([(RINGS, 0x30000), (RINGS + 0x30000, 0x10000), (FAR, 0x1000)]))
+        self.memory = self.atomic.memory()
+        layout = PackedDriverQueue if packed else SplitDriverQueue
+        _, areas = layout.layout(size)
+        desc, driver, device = (RINGS + offset for offset in areas)
+        self.desc = self.memory.view(desc, 16 * size)
+        self.driver_area = self.memory.view(driver, 4 if packed else 6 + 2 * size).cast("H")
+        self.device_area = self.memory.view(device, 4 if packed else 6 + 8 * size)
+        self.err = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.index = self.seen = 0  # split: available index, used index; packed: positions
+        self.wrap = self.used_wrap = 1
+        self.extent: dict[int, int] = {}  # packed: descriptors of the chain with that id
+        self.vring = kind(self.atomic, max(size, 256))
+        self.vring.set_err(os.dup(self.err))
+        self.vring.set_call(os.dup(self.call))
+        self.vring.set_queue_size(size)
+        self.vring.set_queue_features(features | VERSION_1 | (PACKED if packed else 0))
+        self.vring.set_queue_info(desc, driver, device)
+        if base is not None:
+            self.index = self.seen = base
+            struct.pack_into("<H", self.device_area, 2, base)
+            self.driver_area[1] = base
+            self.vring.set_queue_next_avail(base)
+        self.vring.set_queue_ready(True)
+        self.vring.set_enabled(True)
+        self.vring.start()
+        self.seen_chains: list[tuple[bytes, int]] = []
+
+    def __enter__(self) -> RawRing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.vring.reset()
+        self.vring.set_err(None)
+        os.close(self.err)
+        os.close(self.call)
+
+    # The driver
+
+    def put(self, slot: int, descriptor: Descriptor) -> None:
+        """Write one descriptor."""
+        struct.pack_into("<QIHH", self.desc, 16 * slot, *(descriptor if not self.packed else (*descriptor[:2], descriptor[3], descriptor[2])))
+
+    def show(self, *heads: int) -> None:
+        """Split: make descriptors available as heads of chains."""
+        for head in heads:
+            self.driver_area[2 + self.index % self.size] = head
+            self.index = (self.index + 1) & 0xFFFF
+        self.driver_area[1] = self.index
+
+    def offer(self, *parts: tuple[int, int, int], slot: int = 0) -> int:
+        """Make a chain of (address, length, flags) available; NEXT is added to all but the last. Returns its id.
+
+        Split: the descriptors from `slot` on. Packed: where the ring is, and `slot` is the id."""
+        if self.packed:
+            self.extent[slot] = len(parts)
+            for number, (address, length, flags) in enumerate(parts, 1):
+                flags |= (F_NEXT if number < len(parts) else 0) | (0x80 if self.wrap else 0x8000)
+                self.put(self.index, (address, length, flags, slot))
+                self.index += 1
+                if self.index == self.size:
+                    self.index, self.wrap = 0, self.wrap ^ 1
+        else:
+            for number, (address, length, flags) in enumerate(parts, 1):
+                more = number < len(parts)
+                self.put(slot + number - 1, (address, length, flags | (F_NEXT if more else 0), slot + number if more else 0))
+            self.show(slot)
+        return slot
+
+    def table(self, *descriptors: Descriptor, at: int = TABLES) -> tuple[int, int]:
+        """Write an indirect table as it is told. Returns where it is, and its length."""
+        fields = [(a, n, f, x) if not self.packed else (a, n, x, f) for a, n, f, x in descriptors]
+        content = b"".join(struct.pack("<QIHH", *each) for each in fields)
+        self.memory.write(at, content)
+        return at, len(content)
+
+    def request(self, data: bytes = b"ping", slot: int = 0) -> int:
+        """An honest request: 4 bytes to read, 8 to write."""
+        self.memory.write(DATA, data)
+        return self.offer((DATA, len(data), 0), (DATA + 0x100, 8, F_WRITE), slot=slot)
+
+    def returned(self) -> list[tuple[int, int]]:
+        """(id, length) of what came back since the last time."""
+        found = []
+        while True:
+            if self.packed:
+                _, length, identity, flags = struct.unpack_from("<QIHH", self.desc, 16 * self.seen)
+                if flags & 0x8080 != (0x8080 if self.used_wrap else 0):
+                    return found
+                self.seen += self.extent[identity]
+                if self.seen >= self.size:
+                    self.seen, self.used_wrap = self.seen - self.size, self.used_wrap ^ 1
+            else:
+                if struct.unpack_from("<H", self.device_area, 2)[0] == self.seen:
+                    return found
+                identity, length = struct.unpack_from("<II", self.device_area, 4 + 8 * (self.seen % self.size))
+                self.seen = (self.seen + 1) & 0xFFFF
+            found.append((identity, length))
+
+    # The device
+
+    def process(self, vring: VringT) -> None:
+        """Echo, and note what was seen."""
+        for chain in vring:
+            data = chain.read()
+            self.seen_chains.append((data, chain.writable_len))
+            vring.add_used(chain, chain.write(data[::-1]))
+
+    def run(self) -> list[tuple[int, int]]:
+        """Let the device serve the ring. Returns what came back."""
+        for _ in range(100):
+            if not self.vring.drain(self.process):
+                return self.returned()
+        raise AssertionError("the device is never done")
+
+    def calls(self) -> int:
+        """How often the driver was notified since the last time."""
+        try:
+            return os.eventfd_read(self.call)
+        except BlockingIOError:
+            return 0
+
+    def is_broken(self) -> bool:
+        """Whether the ring says so, in each of three ways."""
+        told = is_readable(self.err)
+        if (self.vring.broken is not None) != told or (told and self.vring.active):
+            raise AssertionError(f"broken {self.vring.broken}, err eventfd {told}, active {self.vring.active}")
+        return told
+
+
+class RingTest(CoreTest):
+    """A test of a ring alone, in both formats."""
+
+    def rings(self, size: int = 8, features: int = INDIRECT | EVENT_IDX, kind: type[VringState] = VringState) -> Iterator[RawRing]:
+        """A split one, then a packed one."""
+        for packed in False, True:
+            with self.subTest(packed=packed), RawRing(packed, size, features, kind) as ring:
+                yield ring
+
+    def lives(self, ring: RawRing) -> None:
+        """The ring works after all that."""
+        self.assertFalse(ring.is_broken(), ring.vring.broken)
+        ring.returned()
+        slot = ring.request(b"live", slot=1)
+        self.assertEqual(ring.run(), [(slot, 4)])
+        self.assertEqual(ring.memory.read(DATA + 0x100, 4), b"evil")
+        self.assertEqual(ring.vring.in_flight, 0)
+
+
+class HonestRingTests(RingTest):
+    """What an honest driver may do."""
+
+    def test_chain_is_read_and_written(self) -> None:
+        for ring in self.rings():
+            slot = ring.request()
+            self.assertEqual(ring.run(), [(slot, 4)])
+            self.assertEqual(ring.memory.read(DATA + 0x100, 8), b"gnip\0\0\0\0")
+
+    def test_views_are_of_guest_ram_itself(self) -> None:
+        for ring in self.rings():
+            ring.offer((DATA, 3, 0), (DATA + 8, 2, 0), (DATA + 16, 5, F_WRITE), (DATA + 32, 1, F_WRITE))
+            for chain in ring.vring:
+                self.assertEqual([len(part) for part in chain.readable], [3, 2])
+                self.assertEqual([len(part) for part in chain.writable], [5, 1])
+                self.assertEqual((chain.readable_len, chain.writable_len), (5, 6))
+                ring.memory.write(DATA, b"abc")
+                self.assertEqual(bytes(chain.readable[0]), b"abc")
+                chain.writable[0][:] = b"12345"
+                ring.vring.add_used(chain, 5)
+            self.assertEqual(ring.memory.read(DATA + 16, 5), b"12345")
+
+    def test_cursors_cross_the_parts_and_stop_at_the_end(self) -> None:
+        for ring in self.rings():
+            ring.memory.write(DATA, b"abcdefgh")
+            ring.offer((DATA, 3, 0), (DATA + 3, 1, 0), (DATA + 4, 4, 0), (DATA + 100, 2, F_WRITE), (DATA + 102, 4, F_WRITE))
+            for chain in ring.vring:
+                self.assertEqual([chain.read(n) for n in (0, 1, 4, 99, 1)], [b"", b"a", b"bcde", b"fgh", b""])
+                self.assertEqual([chain.write(d) for d in (b"1", b"", b"2345", b"6789", b"x")], [1, 0, 4, 1, 0])
+                ring.vring.add_used(chain, 6)
+            self.assertEqual(ring.memory.read(DATA + 100, 8), b"123456\0\0")
+
+    def test_indirect_chain(self) -> None:
+        for ring in self.rings():
+            ring.memory.write(DATA, b"ping")
+            where = ring.table((DATA, 4, F_NEXT, 1), (DATA + 64, 4, F_WRITE, 0))
+            slot = ring.offer((*where, F_INDIRECT))
+            self.assertEqual(ring.run(), [(slot, 4)])
+            self.assertEqual(ring.memory.read(DATA + 64, 4), b"gnip")
+
+    def test_split_indirect_table_follows_next_in_any_order(self) -> None:
+        with RawRing() as ring:
+            ring.memory.write(DATA, b"abcd")
+            where = ring.table((DATA, 2, F_NEXT, 2), (DATA + 64, 4, F_WRITE, 0), (DATA + 2, 2, F_NEXT, 1))
+            self.assertEqual((ring.offer((*where, F_INDIRECT)), ring.run()), (0, [(0, 4)]))
+            self.assertEqual(ring.memory.read(DATA + 64, 4), b"dcba")
+
+    def test_packed_indirect_table_ignores_next(self) -> None:
+        """virtio 1.3 §2.8.7: of the flags in an indirect table, WRITE alone is valid."""
+        with RawRing(packed=True) as ring:
+            ring.memory.write(DATA, b"ping")
+            where = ring.table((DATA, 4, 0, 77), (DATA + 64, 4, F_WRITE | F_NEXT, 0))
+            self.assertEqual((ring.offer((*where, F_INDIRECT)), ring.run()), (0, [(0, 4)]))
+
+    def test_split_direct_descriptors_followed_by_one_indirect(self) -> None:
+        """virtio 1.3 §2.7.5.3.1 allows that."""
+        with RawRing() as ring:
+            ring.memory.write(DATA, b"abcdef")
+            where = ring.table((DATA + 4, 2, F_NEXT, 1), (DATA + 64, 8, F_WRITE, 0))
+            for _ in range(3):
+                ring.offer((DATA, 4, 0), (*where, F_INDIRECT))
+                self.assertEqual(ring.run(), [(0, 6)])
+                self.assertEqual(ring.memory.read(DATA + 64, 6), b"fedcba")
+
+    def test_indirect_table_longer_than_the_queue(self) -> None:
+        """Linux drivers go by seg_max, and not by the queue size."""
+        for ring in self.rings():
+            entries = [(DATA + n, 1, F_NEXT, n + 1) for n in range(20)] + [(DATA + 0x100, 32, F_WRITE, 0)]
+            ring.memory.write(DATA, bytes(range(20)))
+            ring.offer((*ring.table(*entries), F_INDIRECT))
+            self.assertEqual(ring.run(), [(0, 20)])
+            self.assertEqual(ring.memory.read(DATA + 0x100, 20), bytes(range(20))[::-1])
+
+    def test_zero_length_descriptors(self) -> None:
+        for ring in self.rings():
+            ring.offer((DATA, 0, 0), (DATA, 4, 0), (0, 0, 0), (DATA + 64, 0, F_WRITE), (DATA + 64, 4, F_WRITE))
+            ring.memory.write(DATA, b"ping")
+            self.assertEqual(ring.run(), [(0, 4)])
+            ring.offer((0xDEAD0000, 0, 0))  # no byte of it is touched, wherever it is
+            self.assertEqual(ring.run(), [(0, 0)])
+            self.assertEqual((ring.seen_chains[-1], ring.vring.malformed), ((b"", 0), 0))
+
+    def test_buffer_across_adjacent_regions(self) -> None:
+        """Two parts for the device, one buffer for the driver."""
+        for ring in self.rings():
+            border = RINGS + 0x30000
+            ring.memory.write(border - 2, b"ping")
+            ring.offer((border - 2, 4, 0), (border + 0x1000, 4, F_WRITE))
+            self.assertEqual((ring.run(), ring.seen_chains), ([(0, 4)], [(b"ping", 4)]))
+
+    def test_same_buffers_again_with_new_content(self) -> None:
+        """Parsed chains are remembered; what is in the buffers is not."""
+        for ring in self.rings():
+            for data in b"1111", b"2222", b"3333", b"4444", b"5555":
+                ring.request(data)
+                ring.run()
+                self.assertEqual(ring.memory.read(DATA + 0x100, 4), data)
+            self.assertEqual([data for data, _ in ring.seen_chains], [b"1111", b"2222", b"3333", b"4444", b"5555"])
+
+    def test_same_slot_with_other_shapes(self) -> None:
+        """What is remembered of a slot does not outlive a change of its descriptors."""
+        for ring in self.rings():
+            ring.memory.write(DATA, b"abcdefgh")
+            table = ring.table((DATA, 1, F_NEXT, 1), (DATA + 1, 1, 0, 0))
+            other = ring.table((DATA + 4, 2, 0, 0), at=TABLES + 0x100)
+            shapes: list[tuple[bytes, list[tuple[int, int, int]]]] = [
+                (b"ab", [(DATA, 2, 0)]),
+                (b"abcd", [(DATA, 2, 0), (DATA + 2, 2, 0)]),
+                (b"ab", [(*table, F_INDIRECT)]),
+                (b"abc", [(DATA, 2, 0), (DATA + 2, 1, 0)]),
+                (b"ef", [(*other, F_INDIRECT)]),
+                (b"a", [(DATA, 1, 0)]),
+            ]
+            order = random.Random(1)
+            for _ in range(60):
+                expected, parts = order.choice(shapes)
+                ring.offer(*parts)
+                ring.run()
+                self.assertEqual(ring.seen_chains.pop(), (expected, 0))
+
+    def test_indirect_table_with_a_new_content_at_the_same_place(self) -> None:
+        for ring in self.rings():
+            ring.memory.write(DATA, b"abcdefgh")
+            for at, length in (0, 2), (2, 3), (0, 2), (5, 1):
+                ring.offer((*ring.table((DATA + at, length, 0, 0)), F_INDIRECT))
+                ring.run()
+                self.assertEqual(ring.seen_chains.pop()[0], b"abcdefgh"[at : at + length])
+
+    def test_memo_of_the_device_stays_with_its_parts(self) -> None:
+        for ring in self.rings():
+            memos = []
+            for _ in range(3):
+                ring.request()
+                for chain in ring.vring:
+                    memos.append(chain.memo)
+                    chain.memo = "kept"
+                    ring.vring.add_used(chain, 0)
+            self.assertEqual(memos, [None, "kept", "kept"])
+
+    def test_queue_of_one_entry(self) -> None:
+        for ring in self.rings(size=1):
+            for _ in range(5):
+                ring.memory.write(DATA, b"ab")
+                ring.offer((DATA, 2, 0))
+                self.assertEqual(ring.run(), [(0, 0)])
+            self.assertEqual(len(ring.seen_chains), 5)
+
+    def test_split_indices_wrap_at_16_bits(self) -> None:
+        with RawRing(base=65533) as ring:
+            for _ in range(8):
+                ring.request()
+                self.assertEqual(ring.run(), [(0, 4)])
+            self.assertEqual((ring.index, ring.vring.queue_next_avail(), ring.vring.queue_used_idx()), (5, 5, 5))
+
+    def test_split_used_index_is_read_from_memory_on_start(self) -> None:
+        """rule 7: the base is the available index alone."""
+        with RawRing() as ring:
+            ring.vring.stop()
+            struct.pack_into("<H", ring.device_area, 2, 7)  # the driver has not seen one more come back
+            ring.seen = 7
+            ring.index = ring.driver_area[1] = 9
+            ring.vring.set_queue_next_avail(9)
+            ring.vring.start()
+            self.assertEqual(ring.vring.queue_used_idx(), 7)
+            ring.request()
+            self.assertEqual(ring.run(), [(0, 4)])
+            self.assertEqual(ring.vring.queue_used_idx(), 8)
+
+    def test_packed_base_has_both_positions_and_wrap_counters(self) -> None:
+        """rule 7"""
+        with RawRing(packed=True, size=5) as ring:
+            for _ in range(3):  # three times two descriptors: one over the end
+                ring.request()
+                ring.run()
+            self.assertEqual(ring.vring.stop(), 1 | 0 << 15 | 1 << 16 | 0 << 31)
+            ring.vring.start()
+            ring.request(b"more")
+            self.assertEqual(ring.run(), [(0, 4)])
+            self.assertEqual(ring.vring.queue_next_avail(), 3 | 3 << 16)
+
+    def test_packed_base_outside_the_ring_is_refused(self) -> None:
+        with RawRing(packed=True, size=5) as ring:
+            for base in 5 | 1 << 15, 0x8000 | 5 << 16:
+                ring.vring.stop()
+                ring.vring.set_queue_next_avail(base)
+                with self.raises(VringError, "outside a queue of 5"):
+                    ring.vring.start()
+
+    def test_new_packed_ring_with_the_split_rings_base_of_0(self) -> None:
+        """User-mode Linux sends that."""
+        with RawRing(packed=True) as ring:
+            ring.vring.stop()
+            ring.vring.set_queue_next_avail(0)
+            ring.vring.start()
+            ring.request()
+            self.assertEqual(ring.run(), [(0, 4)])
+
+    def test_ring_resumes_where_it_stopped(self) -> None:
+        for ring in self.rings():
+            ring.request()
+            self.assertEqual(ring.run(), [(0, 4)])
+            base = ring.vring.stop()
+            ring.request(slot=2)
+            self.assertEqual(ring.run(), [])
+            ring.vring.set_queue_next_avail(base)
+            ring.vring.start()
+            self.assertEqual(ring.run(), [(2, 4)])
+
+    def test_sizes_that_a_format_does_not_have(self) -> None:
+        for packed, size in (False, 3), (False, 12), (True, 32769), (False, 65536):
+            vring = VringState(GuestMemoryAtomic(GuestMemoryMmap.from_ranges([(0, 1 << 22)])), 1 << 17)
+            vring.set_queue_features(PACKED if packed else 0)
+            vring.set_queue_size(size)
+            vring.set_queue_info(0, 1 << 20, 2 << 20)
+            vring.set_queue_ready(True)
+            with self.raises(VringError, f"queue of {size} entries"):
+                vring.start()
+        with self.raises(VringError, "the device allows 1 to"):
+            vring.set_queue_size(0)
+        with self.raises(VringError, "the device allows 1 to"):
+            vring.set_queue_size((1 << 17) + 1)
+
+    def test_areas_must_be_aligned_and_in_ram(self) -> None:
+        memory = GuestMemoryAtomic(GuestMemoryMmap.from_ranges([(0x10000, 0x10000)]))
+        for features, areas in (
+            (0, (0x10008, 0x11000, 0x12000)),
+            (0, (0x10000, 0x11001, 0x12000)),
+            (0, (0x10000, 0x11000, 0x12002)),
+            (PACKED, (0x10008, 0x11000, 0x12000)),
+            (PACKED, (0x10000, 0x11002, 0x12000)),
+            (PACKED, (0x10000, 0x11000, 0x12002)),
+            (0, (0x20000 - 16, 0x11000, 0x12000)),
+            (0, (0x10000, 0x20000 - 4, 0x12000)),
+            (0, (0x10000, 0x11000, 0x20000)),
+        ):
+            with self.subTest(areas=areas):
+                vring = VringState(memory, 8)
+                vring.set_queue_features(features)
+                vring.set_queue_info(*areas)
+                vring.set_queue_ready(True)
+                with self.assertRaises((VringError, GuestMemoryError)):
+                    vring.start()
+
+
+class HostileChainTests(RingTest):
+    """A chain that breaks the rules is counted, logged, and comes back with length 0; the ring lives."""
+
+    def refused(self, ring: RawRing, reason: str, *parts: tuple[int, int, int]) -> None:
+        """The chain is refused for that reason."""
+        slot = ring.offer(*parts)
+        self.assertEqual(ring.run(), [(slot, 0)], "what came back")
+        self.assertEqual((ring.seen_chains, ring.vring.malformed), ([], 1))
+        self.expect_log(f"chain {slot} refused: .*{reason}")
+        self.lives(ring)
+
+    def test_split_loop(self) -> None:
+        with RawRing() as ring:
+            for slot in 0, 1, 2:
+                ring.put(slot, (DATA, 4, F_NEXT, (slot + 1) % 3))
+            ring.show(0)
+            self.assertEqual((ring.run(), ring.vring.malformed), ([(0, 0)], 1))
+            self.expect_log("chain 0 refused: .*loop")
+            self.lives(ring)
+
+    def test_split_descriptor_whose_next_is_itself(self) -> None:
+        with RawRing() as ring:
+            ring.put(3, (DATA, 4, F_NEXT, 3))
+            ring.show(3)
+            self.assertEqual((ring.run(), ring.vring.malformed), ([(3, 0)], 1))
+            self.lives(ring)
+
+    def test_split_next_out_of_range(self) -> None:
+        for following in 8, 9, 0xFFFF:
+            with RawRing() as ring:
+                ring.put(0, (DATA, 4, F_NEXT, following))
+                ring.show(0)
+                self.assertEqual((ring.run(), ring.vring.malformed), ([(0, 0)], 1))
+                self.expect_log(f"next is {following}, the table has 8")
+                self.lives(ring)
+
+    def test_split_indirect_table_with_a_loop(self) -> None:
+        with RawRing() as ring:
+            self.refused(ring, "indirect table form a loop", (*ring.table((DATA, 4, F_NEXT, 1), (DATA, 4, F_NEXT, 0)), F_INDIRECT))
+
+    def test_split_indirect_table_with_next_out_of_range(self) -> None:
+        with RawRing() as ring:
+            self.refused(ring, "next is 2, the indirect table has 2", (*ring.table((DATA, 4, F_NEXT, 1), (DATA, 4, F_NEXT, 2)), F_INDIRECT))
+
+    def test_nested_indirect_table(self) -> None:
+        for ring in self.rings():
+            inner = ring.table((DATA, 4, 0, 0), at=TABLES + 0x100)
+            self.refused(ring, "inside an indirect table", (*ring.table((*inner, F_INDIRECT, 0)), F_INDIRECT))
+
+    def test_indirect_table_of_odd_size(self) -> None:
+        for length in 0, 1, 15, 17, 40:
+            for ring in self.rings():
+                self.refused(ring, f"table of {length} bytes", (ring.table((DATA, 4, 0, 0))[0], length, F_INDIRECT))
+
+    def test_indirect_table_that_is_too_big(self) -> None:
+        for ring in self.rings():
+            self.refused(ring, "1025 descriptors on a queue of 8", (TABLES, 16 * 1025, F_INDIRECT))
+
+    def test_indirect_table_outside_ram(self) -> None:
+        for at in 0, END - 8, 2**64 - 8:
+            for ring in self.rings():
+                self.refused(ring, "indirect table: ", (at, 16, F_INDIRECT))
+
+    def test_indirect_and_next(self) -> None:
+        for ring in self.rings():
+            self.refused(ring, "both INDIRECT and NEXT", (*ring.table((DATA, 4, 0, 0)), F_INDIRECT), (DATA, 4, 0))
+
+    def test_packed_indirect_inside_a_chain(self) -> None:
+        """virtio 1.3 §2.8.7: direct descriptors and an indirect table don't mix in the packed ring."""
+        with RawRing(packed=True) as ring:
+            self.refused(ring, "inside a chain", (DATA, 4, 0), (*ring.table((DATA, 4, 0, 0)), F_INDIRECT))
+
+    def test_indirect_that_was_not_negotiated(self) -> None:
+        for ring in self.rings(features=EVENT_IDX):
+            self.refused(ring, "INDIRECT_DESC was not negotiated", (*ring.table((DATA, 4, 0, 0)), F_INDIRECT))
+
+    def test_readable_behind_writable(self) -> None:
+        for ring in self.rings():
+            self.refused(ring, "device-readable descriptor behind", (DATA, 4, 0), (DATA, 4, F_WRITE), (DATA, 4, 0))
+
+    def test_readable_behind_writable_in_an_indirect_table(self) -> None:
+        for ring in self.rings():
+            self.refused(ring, "device-readable descriptor behind", (*ring.table((DATA, 4, F_WRITE | F_NEXT, 1), (DATA, 4, 0, 0)), F_INDIRECT))
+
+    def test_buffer_outside_ram(self) -> None:
+        for address, length in (0, 4), (RINGS - 1, 2), (2**64 - 2, 4), (2**64 - 1, 0xFFFFFFFF), (FAR + 0x1000, 1):
+            for ring in self.rings():
+                self.refused(ring, "leave RAM", (DATA, 4, 0), (address, length, F_WRITE))
+
+    def test_buffer_across_a_hole(self) -> None:
+        for address, length in (END - 4, 8), (END - 4, FAR - END + 8), (FAR + 0xFFF, 2):
+            for ring in self.rings():
+                self.refused(ring, "leave RAM", (address, length, 0))
+
+    def test_more_than_4_gib_in_one_chain(self) -> None:
+        """Its length would not fit the used ring. 64 GiB of address space, all of one sparse file."""
+        fd = self.memfd(1 << 30)
+        for ring in self.rings(size=16):
+            big = [GuestRegionMmap(fd, (4 + n) << 30, 1 << 30, (4 + n) << 30) for n in range(4)]
+            ring.vring.stop()
+            ring.atomic.replace(GuestMemoryMmap([*ring.memory.regions, *big]))
+            ring.vring.start()
+            gib = 1 << 30
+            part = (4 << 30, gib, F_WRITE)
+            for parts in [part] * 4, [(4 << 30, 0xFFFFFFFF, F_WRITE), (4 << 30, 1, F_WRITE)], [(4 << 30, gib, 0)] * 3 + [part, part]:
+                before = ring.vring.malformed
+                ring.offer(*parts)
+                self.assertEqual((ring.run(), ring.vring.malformed), ([(0, 0)], before + 1))
+            self.expect_log("bytes in one chain")
+            ring.offer(*[part] * 3, (4 << 30, gib - 1, F_WRITE))
+            ring.run()
+            self.assertEqual(ring.seen_chains, [(b"", (1 << 32) - 1)])
+
+    def test_bad_chains_among_good_ones(self) -> None:
+        """Each comes back once, the bad ones with length 0."""
+        for ring in self.rings(size=32):
+            ring.memory.write(DATA, b"ping")
+            for n in range(8):
+                ring.offer((DATA, 4, 0), (DATA + 64, 4, F_WRITE), slot=2 * n) if n % 3 else ring.offer((0, 4, 0), (DATA, 1, 0), slot=2 * n)
+            self.assertEqual(sorted(ring.run()), [(2 * n, 4 if n % 3 else 0) for n in range(8)])
+            self.assertEqual(ring.vring.malformed, 3)
+            self.lives(ring)
+
+    def test_bad_chains_are_logged_once_in_a_while(self) -> None:
+        for ring in self.rings():
+            self._log.lines.clear()
+            for _ in range(200):
+                ring.offer((0, 4, 0))
+                self.assertEqual(ring.run(), [(0, 0)])
+            self.assertEqual(ring.vring.malformed, 200)
+            self.assertLess(len([line for line in self._log.lines if "refused" in line]), 20)
+
+    def test_more_bad_chains_than_one_look_takes(self) -> None:
+        for ring in self.rings(size=128):
+            for n in range(100):
+                ring.offer((0, 4, 0), slot=n)
+            self.assertEqual(ring.run(), [(n, 0) for n in range(100)])
+            self.lives(ring)
+
+    def test_indirect_table_that_changes_after_it_was_read(self) -> None:
+        """The copy is checked and the copy is used; the chain in hand stays what it was."""
+        for ring in self.rings():
+            ring.memory.write(DATA, b"ping")
+            ring.offer((*ring.table((DATA, 4, F_NEXT, 1), (DATA + 64, 4, F_WRITE, 0)), F_INDIRECT))
+            for chain in ring.vring:
+                ring.table((0, 0xFFFFFFFF, F_NEXT, 9), (2**64 - 1, 0xFFFFFFFF, F_WRITE | F_INDIRECT, 9))
+                ring.put(0, (0, 0xFFFFFFFF, F_NEXT, 9))
+                self.assertEqual(chain.read(), b"ping")
+                ring.vring.add_used(chain, chain.write(b"pong"))
+            self.assertEqual(ring.memory.read(DATA + 64, 4), b"pong")
+            self.assertEqual(ring.returned(), [(0, 4)])
+
+    def test_same_head_made_available_twice_while_in_flight(self) -> None:
+        """Both come back, and neither is the other's object."""
+        for ring in self.rings():
+            ring.request()
+            ring.request()
+            chains = list(ring.vring)
+            self.assertEqual(len(chains), 2)
+            self.assertIsNot(chains[0], chains[1])
+            for chain in chains:
+                ring.vring.add_used(chain, chain.write(chain.read()))
+            self.assertEqual(ring.returned(), [(0, 4), (0, 4)])
+            self.lives(ring)
+
+    def test_same_indirect_table_in_two_chains_in_flight(self) -> None:
+        for ring in self.rings():
+            where = ring.table((DATA, 4, F_NEXT, 1), (DATA + 64, 4, F_WRITE, 0))
+            for _ in range(2):  # the second time, it is remembered
+                ring.offer((*where, F_INDIRECT), slot=0)
+                ring.offer((*where, F_INDIRECT), slot=1)
+                chains = list(ring.vring)
+                self.assertEqual([chain.id for chain in chains], [0, 1])
+                for chain in reversed(chains):
+                    ring.vring.add_used(chain, 1 + chain.id)
+                self.assertEqual(ring.returned(), [(1, 2), (0, 1)])
+
+    def test_random_bytes_in_the_ring(self) -> None:
+        """Nothing escapes, nothing hangs, nothing outside RAM is touched."""
+        for packed in False, True:
+            with self.seeded(packed=packed) as rng:
+                for _ in range(150):
+                    with RawRing(packed) as ring:
+                        for _ in range(4):
+                            for at in range(0, 0x200, 16):
+                                address = rng.choice((DATA, END - 8, FAR, TABLES, 0, 2**64 - 16, RINGS)) + rng.randrange(16)
+                                record = struct.pack("<QIHH", address & (2**64 - 1), rng.choice((0, 4, 16, 32, 48, 2**32 - 1)), 0, 0)
+                                extra = struct.pack("<HH", *(rng.choice((0, 1, 2, 3, 7, 8, 0x80, 0x81, 0x82, 0x84, 0xFFFF)) for _ in range(2)))
+                                ring.memory.write(TABLES + at, record[:12] + extra)
+                                if at < 128:
+                                    ring.memory.write(RINGS + at, record[:12] + extra)
+                            if not packed:
+                                for slot in range(8):
+                                    ring.driver_area[2 + slot] = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 9)) if rng.random() < 0.02 else rng.randrange(8)
+                                ring.driver_area[1] = (ring.driver_area[1] + rng.choice((0, 1, 1, 2, 8, 9))) & 0xFFFF
+                            for _ in range(20):
+                                if not ring.vring.drain(ring.process):
+                                    break
+                        ring.is_broken()
+                        self.assertGreaterEqual(ring.vring.in_flight, 0)
+
+
+class HostileRingTests(RingTest):
+    """A ring that lies is broken until it is started again, and its err eventfd says so."""
+
+    def broken(self, ring: RawRing, reason: str) -> None:
+        """The ring breaks, for that reason, and works after a restart."""
+        ring.run()
+        self.assertTrue(ring.is_broken())
+        self.expect_log(f"ring 0 is broken until it is started again: .*{reason}")
+        self.assertEqual((ring.run(), ring.vring.drain(ring.process)), ([], False))
+        self.assertTrue(ring.vring.wait_idle(0), f"{ring.vring.in_flight} in flight: nobody could stop this ring")
+        ring.vring.stop()
+        os.eventfd_read(ring.err)
+        ring.memory.write(RINGS, bytes(0x2000))
+        ring.index = ring.seen = 0
+        ring.wrap = ring.used_wrap = 1
+        ring.vring.set_queue_next_avail(0x80008000 if ring.packed else 0)
+        ring.vring.start()
+        self.lives(ring)
+
+    def test_split_head_out_of_range(self) -> None:
+        for head in 8, 0xFFFF:
+            with RawRing() as ring:
+                ring.show(head)
+                self.broken(ring, f"descriptor {head} of 8")
+
+    def test_split_available_index_too_far_ahead(self) -> None:
+        """rule 9"""
+        for index in 9, 1000, 0xFFFF:
+            with RawRing() as ring:
+                ring.driver_area[1] = index
+                self.broken(ring, "ahead of 0")
+
+    def test_split_available_index_too_far_ahead_of_what_is_in_flight(self) -> None:
+        with RawRing() as ring:
+            for slot in 0, 2, 4:
+                ring.request(slot=slot)
+            held = list(ring.vring)
+            ring.driver_area[1] = 9
+            ring.run()
+            self.assertTrue(ring.is_broken())
+            for chain in held:
+                ring.vring.add_used(chain, 0)
+            self.assertTrue(ring.vring.wait_idle(0))
+
+    def test_split_available_index_that_goes_back(self) -> None:
+        with RawRing() as ring:
+            ring.request()
+            ring.run()
+            ring.driver_area[1] = 0
+            self.broken(ring, "65535 ahead of 1")
+
+    def test_packed_chain_longer_than_the_ring(self) -> None:
+        with RawRing(packed=True) as ring:
+            for slot in range(8):
+                ring.put(slot, (DATA, 4, F_NEXT | 0x80, 0))
+            self.broken(ring, "more than 8 descriptors")
+
+    def test_packed_more_descriptors_than_the_ring_has(self) -> None:
+        """A chain that runs into one that is in flight."""
+        with RawRing(packed=True) as ring:
+            for slot in range(6):
+                ring.offer((DATA, 4, 0), slot=slot)
+            held = list(ring.vring)
+            ring.offer((DATA, 4, 0), (DATA, 4, 0), (DATA, 4, 0), slot=6)
+            ring.run()
+            self.assertTrue(ring.is_broken())
+            self.expect_log("descriptors in flight")
+            for chain in held:
+                ring.vring.add_used(chain, 0)
+            self.assertTrue(ring.vring.wait_idle(0))
+
+    def test_lie_behind_a_bad_chain(self) -> None:
+        """The bad chain comes back, the ring breaks, and can be stopped."""
+        with RawRing() as ring:
+            ring.put(0, (0, 4, 0, 0))
+            ring.show(0, 99)
+            self.broken(ring, "descriptor 99 of 8")
+        with RawRing(packed=True) as ring:
+            ring.offer((0, 4, 0))
+            for slot in range(1, 8):
+                ring.put(slot, (DATA, 4, F_NEXT | 0x80, 0))
+            ring.put(0, (0, 4, F_NEXT | 0x80, 0))
+            self.broken(ring, "more than 8 descriptors")
+
+    def test_lie_behind_a_good_chain(self) -> None:
+        with RawRing() as ring:
+            ring.request(slot=0)
+            ring.show(99)
+            self.broken(ring, "descriptor 99 of 8")
+
+    def test_broken_ring_takes_nothing_until_it_is_started_again(self) -> None:
+        for ring in self.rings():
+            ring.vring.fail("as asked")
+            ring.vring.set_enabled(False)
+            ring.vring.set_enabled(True)
+            ring.vring.start()
+            ring.request()
+            self.assertEqual(ring.run(), [])
+            ring.vring.stop()
+            ring.vring.start()
+            self.assertEqual(ring.run(), [(0, 4)])
+
+    def test_err_eventfd_is_signalled_once(self) -> None:
+        with RawRing() as ring:
+            ring.vring.fail("first")
+            ring.vring.fail("second")
+            self.assertEqual((os.eventfd_read(ring.err), ring.vring.broken), (1, "first"))
