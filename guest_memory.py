@@ -5,6 +5,7 @@ Part of a framework for vhost-user back-ends in pure Python; needs the standard 
 In reading order:
 
 - Mappings           shared memory mapped through libc, unmapped when the last view of it dies
+- Truncation         `survive_truncation`: memory whose owner cuts it off does not end the process
 - Order between CPUs `Fence`, the full memory fence; `atomic_or`, the atomic OR on a shared word
 - Regions            `GuestRegionMmap`: one mapped range of guest addresses
 - Memory             `GuestMemoryMmap`: an immutable set of regions, address translation, reads and writes
@@ -22,6 +23,7 @@ import ctypes
 import errno
 import os
 import platform
+import signal
 import stat
 import threading
 import weakref
@@ -37,6 +39,7 @@ __all__ = [
     "MAX_REGIONS",
     "STRONGLY_ORDERED",
     "atomic_or",
+    "survive_truncation",
 ]
 
 MAX_REGIONS = 509
@@ -66,6 +69,8 @@ _MAP_SHARED = 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE = os.sysconf("SC_PAGESIZE")
 
+_mappings: dict[int, int] = {}  # address -> length of all that is mapped
+
 _MMAP_CAUSES = {
     errno.EACCES: "the file is not open for reading and writing: is the memory object read-only (readonly=on)?",
     errno.ENODEV: "this kind of file cannot be mapped: is it a memfd, a file or a hugetlbfs file?",
@@ -88,8 +93,14 @@ def _map_shared(fd: int, offset: int, size: int) -> memoryview:
         cause = _MMAP_CAUSES.get(code, "see errno")
         raise GuestMemoryError(f"mmap of {size:#x} bytes at offset {offset:#x}: {os.strerror(code)} ({cause})")
     mapped = (ctypes.c_ubyte * length).from_address(address)
-    weakref.finalize(mapped, _libc.munmap, address, length).atexit = False
+    _mappings[address] = length
+    weakref.finalize(mapped, _unmap, address, length).atexit = False
     return memoryview(mapped).cast("B")[offset - start : offset - start + size]
+
+
+def _unmap(address: int, length: int) -> None:
+    del _mappings[address]
+    _libc.munmap(address, length)
 
 
 def _mapping_unit(fd: int) -> int:
@@ -99,6 +110,54 @@ def _mapping_unit(fd: int) -> int:
 
 def _address_of(view: memoryview) -> int:
     return ctypes.addressof(ctypes.c_ubyte.from_buffer(view)) if view else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Truncation
+# ---------------------------------------------------------------------------------------------------------------------------
+# Whoever shares memory without sealing its size can cut the file short later. Touching what is no longer there raises SIGBUS, which ends
+# the process. In a system call it is only EFAULT.
+
+
+class _Sigaction(ctypes.Structure):
+    """struct sigaction of glibc and musl."""
+
+    _fields_ = (("action", ctypes.c_void_p), ("mask", ctypes.c_ubyte * 128), ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p))
+
+
+_SA_SIGINFO, _SA_NODEFER = 4, 0x40000000
+_SI_ADDR = 16  # offset of si_addr in siginfo_t, with 64-bit pointers
+_MAP_PRIVATE_FIXED_ANONYMOUS = 0x2 | 0x10 | 0x20
+
+
+def _on_sigbus(number: int, info: int, context: int) -> None:
+    """Put a page of zeroes where guest memory has gone. Anywhere else SIGBUS has its usual effect.
+
+    This is Python code in a signal handler. It is sound because the signal is synchronous: it comes from the one load or store, in C code,
+    that touched the page, with nothing of the interpreter half done.
+    """
+    touched = ctypes.c_uint64.from_address(info + _SI_ADDR).value
+    page = touched & -_PAGE
+    for address, length in list(_mappings.items()):
+        inside = address <= touched < address + length
+        if inside and _libc.mmap(page, _PAGE, _PROT_READ_WRITE, _MAP_PRIVATE_FIXED_ANONYMOUS, -1, 0) == page:
+            return
+    _libc.sigaction(number, ctypes.byref(_Sigaction()), None)  # the default: the same access ends the process
+
+
+_sigbus_handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(_on_sigbus)
+
+
+def survive_truncation() -> None:
+    """From here on, guest memory that its owner has cut off reads as zeroes instead of ending the process with SIGBUS.
+
+    Changes what SIGBUS does in the whole process; a fault outside guest memory ends it as before. Programs made with `run_device` do this.
+    Raises OSError when the kernel refuses, and does nothing where pointers have not 64 bits.
+    """
+    if ctypes.sizeof(ctypes.c_void_p) == 8:
+        action = _Sigaction(action=ctypes.cast(_sigbus_handler, ctypes.c_void_p).value, flags=_SA_SIGINFO | _SA_NODEFER)
+        if _libc.sigaction(signal.SIGBUS, ctypes.byref(action), None):
+            raise OSError(ctypes.get_errno(), "sigaction(SIGBUS)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

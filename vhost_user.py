@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import gc
 import json
 import logging
 import os
@@ -54,7 +55,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING or not __package__:
-    from guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap
+    from guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, survive_truncation
     from vring import (
         VIRTIO_F_EVENT_IDX,
         VIRTIO_F_IN_ORDER,
@@ -73,7 +74,7 @@ if TYPE_CHECKING or not __package__:
         VringT,
     )
 else:
-    from .guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap
+    from .guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, survive_truncation
     from .vring import (
         VIRTIO_F_EVENT_IDX,
         VIRTIO_F_IN_ORDER,
@@ -1784,6 +1785,8 @@ def run_device(
     try:
         daemon = VhostUserDaemon(kind, build(parsed))
         _install_signals(daemon)
+        survive_truncation()
+        gc.freeze()  # what is there now stays: the collector need not look at it again
         if passed is not None:
             daemon.start_socket(socket.socket(fileno=passed))
         elif parsed.client:
