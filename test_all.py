@@ -1093,9 +1093,14 @@ class RawRing:
 
     def run(self) -> list[tuple[int, int]]:
         """Let the device serve the ring. Returns what came back."""
-        for _ in range(100):
-            if not self.vring.drain(self.process):
-                return self.returned()
+        self.serve(self.process)
+        return self.returned()
+
+    def serve(self, process: Callable[[VringT], object]) -> None:
+        """As a worker does, until nothing is left."""
+        for _ in range(1000):
+            if not self.vring.drain(process):
+                return
         raise AssertionError("the device is never done")
 
     def calls(self) -> int:
@@ -1267,8 +1272,9 @@ class HonestRingTests(RingTest):
     def test_memo_of_the_device_stays_with_its_parts(self) -> None:
         for ring in self.rings():
             memos = []
+            where = ring.table((DATA, 4, F_NEXT, 1), (DATA + 64, 4, F_WRITE, 0))
             for _ in range(5):
-                ring.request()
+                ring.offer((*where, F_INDIRECT))
                 for chain in ring.vring:
                     memos.append(chain.memo)
                     chain.memo = "kept"
@@ -1422,7 +1428,7 @@ class HostileChainTests(RingTest):
 
     def test_split_indirect_table_with_next_out_of_range(self) -> None:
         with RawRing() as ring:
-            self.refused(ring, "next is 2, the table has 2", (*ring.table((DATA, 4, F_NEXT, 1), (DATA, 4, F_NEXT, 2)), F_INDIRECT))
+            self.refused(ring, "next is 2, the (indirect )?table has 2", (*ring.table((DATA, 4, F_NEXT, 1), (DATA, 4, F_NEXT, 2)), F_INDIRECT))
 
     def test_nested_indirect_table(self) -> None:
         for ring in self.rings():
@@ -1573,7 +1579,9 @@ class HostileChainTests(RingTest):
                                     ring.memory.write(RINGS + at, record[:12] + extra)
                             if not packed:
                                 for slot in range(8):
-                                    ring.driver_area[2 + slot] = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 9)) if rng.random() < 0.02 else rng.randrange(8)
+                                    ring.driver_area[2 + slot] = (
+                                        rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 9)) if rng.random() < 0.02 else rng.randrange(8)
+                                    )
                                 ring.driver_area[1] = (ring.driver_area[1] + rng.choice((0, 1, 1, 2, 8, 9))) & 0xFFFF
                             for _ in range(20):
                                 if not ring.vring.drain(ring.process):
@@ -1689,3 +1697,531 @@ class HostileRingTests(RingTest):
             ring.vring.fail("first")
             ring.vring.fail("second")
             self.assertEqual((os.eventfd_read(ring.err), ring.vring.broken), (1, "first"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Rings alone: completion, notification, random traffic
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class CompletionTests(RingTest):
+    """What a device may do with its chains."""
+
+    def offer(self, ring: RawRing, count: int) -> None:
+        """One-descriptor chains with ids 0, 1, 2 …"""
+        for slot in range(count):
+            ring.offer((DATA, 4, F_WRITE), slot=slot)
+
+    def test_completion_out_of_order(self) -> None:
+        for ring in self.rings():
+            self.offer(ring, 5)
+            chains = list(ring.vring)
+            self.assertEqual(ring.vring.in_flight, 5)
+            for position in 3, 0, 2, 1, 0:
+                chain = chains.pop(position)
+                ring.vring.add_used(chain, chain.id)
+            self.assertEqual(ring.returned(), [(3, 3), (0, 0), (4, 4), (2, 2), (1, 1)])
+            self.lives(ring)
+
+    def test_in_order_completions_wait_for_those_before(self) -> None:
+        for ring in self.rings(features=INDIRECT | IN_ORDER):
+            self.offer(ring, 3)
+            chains = list(ring.vring)
+            ring.vring.add_used(chains[2], 2)
+            self.assertEqual(ring.returned(), [])
+            ring.vring.add_used(chains[0], 0)
+            self.assertEqual(ring.returned(), [(0, 0)])
+            ring.vring.add_used(chains[1], 1)
+            self.assertEqual(ring.returned(), [(1, 1), (2, 2)])
+            self.lives(ring)
+
+    def test_in_order_bad_chains_keep_their_turn(self) -> None:
+        for ring in self.rings(features=INDIRECT | IN_ORDER):
+            ring.offer((DATA, 4, F_WRITE), slot=0)
+            ring.offer((0, 4, F_WRITE), slot=1)
+            ring.offer((DATA, 4, F_WRITE), slot=2)
+            chains = list(ring.vring)
+            self.assertEqual(ring.returned(), [])
+            ring.vring.add_used(chains[1], 2)
+            ring.vring.add_used(chains[0], 7)
+            self.assertEqual(ring.returned(), [(0, 7), (1, 0), (2, 2)])
+
+    def test_chain_given_back_twice_raises(self) -> None:
+        for ring in self.rings():
+            ring.request()
+            for chain in ring.vring:
+                ring.vring.add_used(chain, 0)
+                with self.raises(VringError, "add_used twice"):
+                    ring.vring.add_used(chain, 0)
+            self.assertEqual(ring.returned(), [(0, 0)])
+
+    def test_leaving_the_loop_early_puts_chains_back(self) -> None:
+        for ring in self.rings():
+            self.offer(ring, 7)
+            ids = []
+            for _ in range(7):
+                for chain in ring.vring:
+                    ids.append(chain.id)
+                    ring.vring.add_used(chain, 0)
+                    break
+                self.assertEqual(ring.vring.in_flight, 0)
+            self.assertEqual((ids, ring.returned()), (list(range(7)), [(n, 0) for n in range(7)]))
+
+    def test_leaving_the_loop_early_in_order(self) -> None:
+        for ring in self.rings(features=IN_ORDER):
+            self.offer(ring, 4)
+            held = []
+            for chain in ring.vring:
+                held.append(chain)
+                if len(held) == 2:
+                    break
+            held += list(ring.vring)
+            self.assertEqual([chain.id for chain in held], [0, 1, 2, 3])
+            for chain in reversed(held):
+                ring.vring.add_used(chain, chain.id)
+            self.assertEqual(ring.returned(), [(n, n) for n in range(4)])
+
+    def test_exception_in_the_loop_puts_the_rest_back(self) -> None:
+        for ring in self.rings():
+            self.offer(ring, 4)
+            with self.raises(RuntimeError, "as asked"):
+                for chain in ring.vring:
+                    ring.vring.add_used(chain, 0)
+                    raise RuntimeError("as asked")
+            self.assertEqual(ring.returned(), [(0, 0)])
+            self.assertEqual([chain.id for chain in ring.vring], [1, 2, 3])
+
+    def test_chain_of_a_ring_that_was_stopped_is_dropped(self) -> None:
+        for ring in self.rings():
+            ring.request()
+            [chain] = ring.vring
+            ring.vring.stop()
+            chain.write(b"late")  # the view is good
+            ring.vring.add_used(chain, 4)
+            self.assertEqual(ring.returned(), [])
+
+    def test_chain_of_before_a_restart_does_not_come_back_on_the_new_ring(self) -> None:
+        for ring in self.rings():
+            ring.request()
+            [chain] = ring.vring
+            ring.vring.stop()
+            ring.vring.start()
+            ring.vring.add_used(chain, 4)
+            self.assertEqual((ring.returned(), ring.vring.in_flight), ([], 0))
+
+    def test_completion_from_many_threads(self) -> None:
+        """None is lost, none comes twice."""
+        for ring in self.rings(size=64, features=INDIRECT, kind=VringMutex):
+            with self.seeded() as rng:
+                counts = dict.fromkeys(range(64), 0)
+                for _ in range(20):
+                    self.offer(ring, 64)
+                    chains = list(ring.vring)
+                    rng.shuffle(chains)
+
+                    def complete(some: list[DescriptorChain], vring: VringState = ring.vring) -> None:
+                        for chain in some:
+                            vring.add_used(chain, chain.id)
+
+                    threads = [threading.Thread(target=complete, args=(chains[n::4],)) for n in range(4)]
+                    for thread in threads:
+                        thread.start()
+                    for thread in threads:
+                        thread.join()
+                    for identity, length in ring.returned():
+                        self.assertEqual(identity, length)
+                        counts[identity] += 1
+                self.assertEqual(set(counts.values()), {20})
+                self.assertEqual(ring.vring.in_flight, 0)
+
+    def test_completion_while_another_thread_has_the_ring_does_not_wait(self) -> None:
+        """Whoever has the ring publishes it when it lets go."""
+        for ring in self.rings(kind=VringMutex):
+            self.offer(ring, 2)
+            chains = list(ring.vring)
+            with ring.vring.get_mut():
+                thread = threading.Thread(target=ring.vring.add_used, args=(chains[0], 1))
+                thread.start()
+                thread.join(PATIENCE)
+                self.assertFalse(thread.is_alive())
+            self.assertEqual(ring.returned(), [(0, 1)])
+            with ring.vring.batch():
+                thread = threading.Thread(target=ring.vring.add_used, args=(chains[1], 1))
+                thread.start()
+                thread.join(PATIENCE)
+            self.assertEqual(ring.returned(), [(1, 1)])
+
+    def test_wait_idle_waits_for_the_last_completion(self) -> None:
+        for ring in self.rings(kind=VringMutex):
+            self.offer(ring, 2)
+            chains = list(ring.vring)
+            self.assertFalse(ring.vring.wait_idle(0.01))
+            ring.vring.add_used(chains[0], 0)
+            self.assertFalse(ring.vring.wait_idle(0.01))
+            vring = ring.vring
+            thread = self.in_thread(lambda vring=vring, chain=chains[1]: vring.add_used(chain, 0))  # type: ignore[misc]
+            self.assertTrue(vring.wait_idle(PATIENCE))
+            thread.join()
+
+    def test_readers_share_and_writers_exclude(self) -> None:
+        for ring in self.rings(kind=VringRwLock):
+            vring = ring.vring
+            assert isinstance(vring, VringRwLock)
+            inside = threading.Barrier(2)
+
+            def read(vring: VringRwLock = vring, inside: threading.Barrier = inside) -> None:
+                with vring.get_ref():
+                    inside.wait(PATIENCE)
+
+            threads = [self.in_thread(read), self.in_thread(read)]
+            for thread in threads:
+                thread.join()
+            entered = threading.Event()
+
+            def write(vring: VringRwLock = vring, entered: threading.Event = entered) -> None:
+                with vring.get_mut():
+                    entered.set()
+
+            with vring.get_ref():
+                writer = self.in_thread(write)
+                self.assertFalse(entered.wait(MOMENT))
+            writer.join(PATIENCE)
+            self.assertTrue(entered.is_set())
+
+
+class NotificationTests(RingTest):
+    """Suppression, in both directions."""
+
+    def test_one_call_for_a_batch(self) -> None:
+        for features in 0, EVENT_IDX:
+            for ring in self.rings(features=features):
+                for slot in range(8):
+                    ring.offer((DATA, 4, F_WRITE), slot=slot)
+                ring.run()
+                self.assertEqual(ring.calls(), 1)
+
+    def test_one_call_for_the_completions_of_a_batch_context(self) -> None:
+        for ring in self.rings(features=0):
+            for slot in range(4):
+                ring.offer((DATA, 4, F_WRITE), slot=slot)
+            chains = list(ring.vring)
+            with ring.vring.batch(), ring.vring.batch():
+                for chain in chains[:3]:
+                    ring.vring.add_used(chain, 0)
+                self.assertEqual(ring.calls(), 0)
+            self.assertEqual(ring.calls(), 1)
+            ring.vring.add_used(chains[3], 0)
+            self.assertEqual(ring.calls(), 1)
+
+    def test_driver_that_wants_no_calls_gets_none(self) -> None:
+        for features in 0, EVENT_IDX:
+            for ring in self.rings(features=features):
+                ring.request()
+                ring.run()
+                ring.calls()
+                if ring.packed:
+                    ring.driver_area[1] = 1
+                elif features:
+                    ring.driver_area[2 + ring.size] = 1000
+                else:
+                    ring.driver_area[0] = 1
+                for _ in range(5):
+                    ring.request()
+                    self.assertEqual(len(ring.run()), 1)
+                self.assertEqual(ring.calls(), 0)
+
+    def test_event_idx_calls_when_the_event_is_reached(self) -> None:
+        """Every third used chain."""
+        for ring in self.rings(features=EVENT_IDX, size=64):
+            ring.offer((DATA, 4, F_WRITE))
+            ring.run()
+            ring.calls()
+            total = 0
+            for n in range(1, 31):
+                if ring.packed and n % 3 == 1:
+                    ring.driver_area[0] = (n + 2) | 0x8000
+                    ring.driver_area[1] = 2
+                elif n % 3 == 1:
+                    ring.driver_area[2 + ring.size] = n + 2
+                ring.offer((DATA, 4, F_WRITE))
+                ring.run()
+                calls = ring.calls()
+                self.assertEqual(calls, int(n % 3 == 0), n)
+                total += calls
+            self.assertEqual(total, 10)
+
+    def test_packed_event_idx_over_the_end_of_the_ring(self) -> None:
+        """The event's wrap counter counts."""
+        with RawRing(packed=True, size=5, features=EVENT_IDX) as ring:
+            ring.offer((DATA, 4, F_WRITE))
+            ring.run()
+            ring.calls()
+            position = 1
+            for _ in range(40):
+                event, wrap = (ring.seen + 1) % 5, ring.used_wrap ^ (ring.seen + 1 >= 5)
+                ring.driver_area[0] = event | wrap << 15  # the one after the next
+                ring.driver_area[1] = 2
+                ring.offer((DATA, 4, F_WRITE))
+                ring.run()
+                self.assertEqual(ring.calls(), 0, position)
+                ring.offer((DATA, 4, F_WRITE))
+                ring.run()
+                self.assertEqual(ring.calls(), 1, position)
+                position += 2
+
+    def test_split_event_idx_over_the_wrap_of_16_bits(self) -> None:
+        with RawRing(base=65530, features=EVENT_IDX) as ring:
+            ring.offer((DATA, 4, F_WRITE))
+            ring.run()
+            ring.calls()
+            for _ in range(10):
+                ring.driver_area[2 + ring.size] = (ring.seen + 1) & 0xFFFF
+                ring.offer((DATA, 4, F_WRITE))
+                ring.run()
+                self.assertEqual(ring.calls(), 0)
+                ring.offer((DATA, 4, F_WRITE))
+                ring.run()
+                self.assertEqual(ring.calls(), 1)
+
+    def drivers(self, features: int) -> Iterator[tuple[RawRing, DriverQueue]]:
+        """A ring with the driver side of `vring`."""
+        for ring in self.rings(features=features, size=16):
+            kind = PackedDriverQueue if ring.packed else SplitDriverQueue
+            _, areas = kind.layout(16)
+            yield ring, kind(ring.memory, 16, tuple(RINGS + offset for offset in areas), features)  # type: ignore[arg-type]
+
+    def test_driver_kicks_once_until_the_device_has_looked(self) -> None:
+        for features in 0, EVENT_IDX:
+            for ring, driver in self.drivers(features):
+                ring.serve(ring.process)
+                for _ in range(20):
+                    driver.add([], [(DATA, 4)])
+                    self.assertTrue(driver.publish())
+                    self.assertFalse(driver.publish(), "nothing new")
+                    driver.add([], [(DATA, 4)])
+                    self.assertEqual(driver.publish(), not features, "the device was told and has not looked")
+                    ring.serve(ring.process)
+                    self.assertEqual(len(driver.used()), 2)
+
+    def test_driver_is_told_not_to_kick_while_the_device_works(self) -> None:
+        for features in 0, EVENT_IDX:
+            for ring, driver in self.drivers(features):
+                wanted: list[bool] = []
+
+                def process(vring: VringT, driver: DriverQueue = driver, wanted: list[bool] = wanted) -> None:
+                    for chain in vring:
+                        vring.add_used(chain, 0)
+                        if len(wanted) < 5:
+                            driver.add([], [(DATA, 4)])
+                            wanted.append(driver.publish())
+
+                driver.add([], [(DATA, 4)])
+                driver.publish()
+                ring.serve(process)
+                self.assertEqual(wanted, [False] * 5)
+                self.assertEqual(len(driver.used()), 6)
+
+    def test_chain_published_after_the_devices_last_look_is_taken(self) -> None:
+        """The lost wake-up: no kick comes for it, since notifications are off."""
+        for features in 0, EVENT_IDX:
+            for ring, driver in self.drivers(features):
+                late = [b"late"] * 2
+
+                def process(vring: VringT, driver: DriverQueue = driver, late: list[bytes] = late) -> None:
+                    for chain in vring:
+                        vring.add_used(chain, 0)
+                    if late:
+                        driver.add([], [(DATA, 4)], late.pop())
+                        self.assertFalse(driver.publish())
+
+                driver.add([], [(DATA, 4)], b"first")
+                driver.publish()
+                ring.serve(process)
+                self.assertEqual([token for token, _ in driver.used()], [b"first", b"late", b"late"])
+
+    def test_chain_published_just_before_notifications_are_enabled_is_taken(self) -> None:
+        """The same race in its smallest window: between the look that finds nothing and the store that asks for kicks."""
+        for features in 0, EVENT_IDX:
+            for ring, driver in self.drivers(features):
+                queue = ring.vring.queue
+                assert queue
+                enable, late = queue.enable_notification, [b"late"] * 3
+
+                def enable_too_late(driver: DriverQueue = driver, late: list[bytes] = late, enable: Callable[[], bool] = enable) -> bool:
+                    if late:
+                        driver.add([], [(DATA, 4)], late.pop())
+                        self.assertFalse(driver.publish())
+                    return enable()
+
+                queue.enable_notification = enable_too_late  # type: ignore[method-assign]
+                driver.add([], [(DATA, 4)], b"first")
+                driver.publish()
+                ring.serve(ring.process)
+                self.assertEqual(len(driver.used()), 4)
+                del queue.enable_notification, enable, enable_too_late, queue
+
+    def test_device_that_declines_chains_is_not_asked_again(self) -> None:
+        for features in 0, EVENT_IDX:
+            for ring, driver in self.drivers(features):
+                asked = []
+                driver.add([], [(DATA, 4)])
+                driver.publish()
+                self.assertFalse(ring.vring.drain(asked.append))
+                self.assertEqual(len(asked), 1)
+                driver.add([], [(DATA, 4)])
+                self.assertTrue(driver.publish(), "a new chain is worth a kick")
+                ring.serve(ring.process)
+                self.assertEqual(len(driver.used()), 2)
+                asked.clear()
+
+    def test_drain_ends_for_a_driver_that_never_stops(self) -> None:
+        """Other rings of the worker get their turn."""
+        for ring, driver in self.drivers(EVENT_IDX):
+            served = 0
+
+            def process(vring: VringT, driver: DriverQueue = driver) -> None:
+                nonlocal served
+                for chain in vring:
+                    vring.add_used(chain, 0)
+                    served += 1
+                    driver.used()
+                    driver.add([], [(DATA, 4)])
+                    driver.publish()
+                driver.used()
+                if driver.free == driver.size:
+                    driver.add([], [(DATA, 4)])
+                    driver.publish()
+
+            driver.add([], [(DATA, 4)])
+            driver.publish()
+            self.assertTrue(ring.vring.drain(process), "chains are left")
+            self.assertLess(served, 10000)
+
+    def test_low_level_switches(self) -> None:
+        """enable_notification, disable_notification, needs_notification, signal_used_queue: the crate's methods."""
+        for ring, driver in self.drivers(0):
+            ring.vring.disable_notification()
+            driver.add([], [(DATA, 4)])
+            self.assertFalse(driver.publish())
+            self.assertTrue(ring.vring.enable_notification(), "there is something")
+            driver.add([], [(DATA, 4)])
+            self.assertTrue(driver.publish())
+            driver.disable_notification()
+            self.assertFalse(ring.vring.needs_notification())
+            driver.enable_notification()
+            self.assertTrue(ring.vring.needs_notification())
+            ring.calls()
+            ring.vring.signal_used_queue()
+            self.assertEqual(ring.calls(), 1)
+
+
+class RandomRingTests(CoreTest):
+    """Random chains, completed in random order by this thread or others: each comes back once, with the right bytes."""
+
+    def traffic(self, rng: random.Random, kind: type[DriverQueue], size: int, features: int, indirect: bool, threads: bool) -> None:
+        """300 chains through a ring."""
+        packed = kind is PackedDriverQueue
+        ram = GuestMemoryMmap.from_ranges([(0x10000, 0x30000), (0x40000, 0x40000), (0x80000, 0x80000)])
+        length, offsets = kind.layout(size)
+        areas = tuple(0x10000 + offset for offset in offsets)
+        driver = kind(ram, size, areas, features, 0x18000 if indirect else None)  # type: ignore[arg-type]
+        vring = VringMutex(GuestMemoryAtomic(ram), size)
+        vring.set_queue_features(features | VERSION_1 | (PACKED if packed else 0))
+        vring.set_queue_info(*areas)
+        vring.set_queue_ready(True)
+        vring.set_enabled(True)
+        vring.set_queue_next_avail(0x80008000 if packed else 0)
+        vring.start()
+        call = self.eventfd()
+        vring.set_call(os.dup(call))
+        slots = list(range(size))  # of 4 KiB each; the regions' borders lie within some
+        held: list[DescriptorChain] = []
+        waiting: dict[int, tuple[bytes, list[tuple[int, int]]]] = {}
+        sent = returned = 0
+
+        def take(ring: VringT) -> None:
+            for chain in ring:
+                held.append(chain)
+                if rng.random() < 0.1:
+                    break
+
+        def complete(chains: Iterable[DescriptorChain]) -> None:
+            for chain in chains:
+                vring.add_used(chain, chain.write(chain.read()[::-1]))
+
+        while returned < 300:
+            for _ in range(rng.randrange(1, 6)):
+                if sent == 300 or not slots:
+                    break
+                readable, writable = ([0] * rng.randrange(most) for most in (5, 4))
+                if not 0 < len(readable) + len(writable) <= (16 if indirect else driver.free) or not driver.free:
+                    continue
+                slot = slots.pop(rng.randrange(len(slots)))
+                at = 0x30000 + slot * 0x1000 + rng.randrange(64)
+                parts = []
+                for _ in readable + writable:
+                    parts.append((at, rng.choice((0, 1, 3, 16, 100, 300))))
+                    at += parts[-1][1] + rng.randrange(16)
+                data = b""
+                for address, count in parts[: len(readable)]:
+                    piece = rng.randbytes(count)
+                    ram.write(address, piece)
+                    data += piece
+                driver.add(parts[: len(readable)], parts[len(readable) :], slot)
+                waiting[slot] = data, parts[len(readable) :]
+                sent += 1
+                if rng.random() < 0.5:
+                    driver.publish()
+            driver.publish()
+            while vring.drain(take):
+                pass
+            vring.drain(take)
+            rng.shuffle(held)
+            done = [held.pop() for _ in range(rng.randrange(len(held) + 1))]
+            if threads:
+                workers = [threading.Thread(target=complete, args=(done[n::2],)) for n in range(2)]
+                for worker in workers:
+                    worker.start()
+                for worker in workers:
+                    worker.join()
+            else:
+                complete(done)
+            for token, told in driver.used():
+                assert isinstance(token, int)
+                data, parts = waiting.pop(token)
+                expected = data[::-1][: sum(count for _, count in parts)]
+                self.assertEqual(told, len(expected))
+                self.assertEqual(b"".join(ram.read(*part) for part in parts)[:told], expected)
+                slots.append(token)
+                returned += 1
+        self.assertEqual((held, waiting, vring.in_flight, vring.malformed, vring.broken), ([], {}, 0, 0, None))
+        self.assertEqual(driver.free, size)
+        vring.reset()
+
+    def test_every_kind_of_ring(self) -> None:
+        """Split and packed, direct and indirect, with and without EVENT_IDX and IN_ORDER, odd sizes of packed rings."""
+        kinds: list[tuple[type[DriverQueue], int]] = [(SplitDriverQueue, 16), (SplitDriverQueue, 64)]
+        kinds += [(PackedDriverQueue, size) for size in (16, 7, 33)]
+        for kind, size in kinds:
+            for combination in range(16):
+                event_idx, in_order, indirect, threads = (bool(combination >> bit & 1) for bit in range(4))
+                features = INDIRECT | event_idx * EVENT_IDX | in_order * IN_ORDER
+                with self.seeded(kind=kind.__name__, size=size, event_idx=event_idx, in_order=in_order, indirect=indirect, threads=threads) as rng:
+                    self.traffic(rng, kind, size, features, indirect, threads)
+
+    def test_65536_and_more_chains(self) -> None:
+        """Every index wraps; the parsed chains that are remembered stay right."""
+        for packed in False, True:
+            with RawRing(packed, size=256, features=EVENT_IDX) as ring:
+                kind = PackedDriverQueue if packed else SplitDriverQueue
+                driver = kind(ring.memory, 256, tuple(RINGS + offset for offset in kind.layout(256)[1]), EVENT_IDX)  # type: ignore[arg-type]
+                total = 0
+                while total < 66000:
+                    for slot in range(256):
+                        driver.add([], [(DATA + 4 * slot, 4)], slot)
+                    driver.publish()
+                    for chain in ring.vring:
+                        ring.vring.add_used(chain, 4)
+                    self.assertEqual(driver.used(), [(slot, 4) for slot in range(256)])
+                    total += 256
+                self.assertEqual((ring.vring.broken, ring.vring.malformed), (None, 0))
