@@ -427,14 +427,16 @@ class Demo:
 
 
 def qemu_command() -> list[str]:
-    """How to attach a VM to the disk: lines for a shell."""
+    """How to attach a VM to the disk."""
     return [
-        "truncate -s 1G disk.img",
-        "python3 -m devices.blk --socket-path /tmp/disk.sock --blk-file disk.img &",
-        "qemu-system-x86_64 -m 1G -machine q35,memory-backend=mem \\",
-        "    -object memory-backend-memfd,id=mem,size=1G,share=on \\",
-        "    -chardev socket,id=disk,path=/tmp/disk.sock \\",
-        "    -device vhost-user-blk-pci,chardev=disk,num-queues=1      # and what your VM boots from",
+        "In one terminal:",
+        "    truncate -s 1G disk.img",
+        "    python3 -m devices.blk --socket-path /tmp/disk.sock --blk-file disk.img",
+        "In another one, with what your VM boots from:",
+        "    qemu-system-x86_64 -m 1G -machine q35,memory-backend=mem \\",
+        "        -object memory-backend-memfd,id=mem,size=1G,share=on \\",
+        "        -chardev socket,id=disk,path=/tmp/disk.sock \\",
+        "        -device vhost-user-blk-pci,chardev=disk,num-queues=1",
     ]
 
 
