@@ -23,6 +23,7 @@ import errno
 import fcntl
 import gc
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -885,46 +886,41 @@ class OrderTests(CoreTest):
         words = 20000
         region = GuestRegionMmap.allocate(0, 4 * words)
         numbers = region.view.cast("I")
-        source = f"""
-            fd, words = map(int, sys.argv[1:])
-            region = guest_memory.GuestRegionMmap(fd, 0, 4 * words, 0)
-            {_IN_STEP}
-            print("ready", flush=True)
-            in_step(guest_memory.atomic_or, region.view, words, 2, 1)
-            """
-        scope: dict[str, Any] = {}
-        exec(_IN_STEP.replace("\n            ", "\n"), scope)
+        source = inspect.getsource(_in_step) + (
+            "import os, time\n"
+            "fd, words = map(int, sys.argv[1:])\n"
+            "region = guest_memory.GuestRegionMmap(fd, 0, 4 * words, 0)\n"
+            "print('ready', flush=True)\n"
+            "_in_step(guest_memory.atomic_or, region.view.cast('I'), region.view, 2, 1)\n"
+        )
         child = program(self, source, str(region.fileno()), str(words), pass_fds=[region.fileno()])
         assert child.stdout
         self.assertEqual(child.stdout.readline(), "ready\n")
-        lost = scope["in_step"](atomic_or, region.view, words, 1, 2)
+        lost = _in_step(atomic_or, numbers, region.view, 1, 2)
         self.assertEqual(child.wait(PATIENCE), 0)
         self.assertEqual(lost, 0)
         self.assertEqual(set(numbers), {3})
 
 
-_IN_STEP = """
-            def in_step(atomic_or, view, words, mine, other):
-                import time, os
-                numbers = view.cast("I")
-                lost = 0
-                deadline = time.monotonic() + 5
-                for n in range(words):
-                    atomic_or(view[4 * n : 4 * n + 4], mine)
-                    spins = 0
-                    while not numbers[n] & other:
-                        spins += 1
-                        if spins % 64 == 0:
-                            os.sched_yield()
-                            if time.monotonic() > deadline:
-                                return lost + 1
-                    lost += not numbers[n] & mine
-                return lost
-"""
+def _in_step(atomic_or, numbers, view, mine, other):  # type: ignore[no-untyped-def]
+    """OR a bit into each word, and wait there for the other process's. Returns how many were lost."""
+    lost = 0
+    deadline = time.monotonic() + 5
+    for n in range(len(numbers)):
+        atomic_or(view[4 * n : 4 * n + 4], mine)
+        spins = 0
+        while not numbers[n] & other:
+            spins += 1
+            if spins % 64 == 0:
+                os.sched_yield()
+                if time.monotonic() > deadline:
+                    return lost + 1
+        lost += not numbers[n] & mine
+    return lost
 
 
 def program(test: CoreTest, source: str, *arguments: str, pass_fds: Sequence[int] = (), **options: Any) -> subprocess.Popen[str]:
-    """Run Python source, indented by 12, in which vhost_user, vring and guest_memory are these modules. It is killed with the test."""
+    """Run Python source in which vhost_user, vring and guest_memory are these modules. It is killed with the test."""
     if BUNDLE:
         load = f"import sys, importlib.util\nspec = importlib.util.spec_from_file_location('vhost_user', {os.path.abspath(BUNDLE)!r})\n"
         load += "vhost_user = vring = guest_memory = importlib.util.module_from_spec(spec)\n"
@@ -934,7 +930,7 @@ def program(test: CoreTest, source: str, *arguments: str, pass_fds: Sequence[int
         load = f"import sys\n{prefix} vhost_user, vring, guest_memory\n"
     path = os.path.join(test.folder(), "program.py")
     with open(path, "w") as file:
-        file.write(load + source.replace("\n            ", "\n"))
+        file.write(load + source)
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(os.path.abspath(entry) for entry in sys.path))
     environment.update(options.pop("environment", {}))
     launcher = options.pop("launcher", [])
@@ -2122,7 +2118,7 @@ class RandomRingTests(CoreTest):
         """300 chains through a ring."""
         packed = kind is PackedDriverQueue
         ram = GuestMemoryMmap.from_ranges([(0x10000, 0x30000), (0x40000, 0x40000), (0x80000, 0x80000)])
-        length, offsets = kind.layout(size)
+        _, offsets = kind.layout(size)
         areas = tuple(0x10000 + offset for offset in offsets)
         driver = kind(ram, size, areas, features, 0x18000 if indirect else None)  # type: ignore[arg-type]
         vring = VringMutex(GuestMemoryAtomic(ram), size)
@@ -2134,6 +2130,7 @@ class RandomRingTests(CoreTest):
         vring.start()
         call = self.eventfd()
         vring.set_call(os.dup(call))
+        self.addCleanup(vring.reset)
         slots = list(range(size))  # of 4 KiB each; the regions' borders lie within some
         held: list[DescriptorChain] = []
         waiting: dict[int, tuple[bytes, list[tuple[int, int]]]] = {}
@@ -2196,7 +2193,6 @@ class RandomRingTests(CoreTest):
                 returned += 1
         self.assertEqual((held, waiting, vring.in_flight, vring.malformed, vring.broken), ([], {}, 0, 0, None))
         self.assertEqual(driver.free, size)
-        vring.reset()
 
     def test_every_kind_of_ring(self) -> None:
         """Split and packed, direct and indirect, with and without EVENT_IDX and IN_ORDER, odd sizes of packed rings."""
@@ -2225,3 +2221,684 @@ class RandomRingTests(CoreTest):
                     self.assertEqual(driver.used(), [(slot, 4) for slot in range(256)])
                     total += 256
                 self.assertEqual((ring.vring.broken, ring.vring.malformed), (None, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The wire
+# ---------------------------------------------------------------------------------------------------------------------------
+
+EXAMPLES: dict[str, bytes] = {
+    "GET_FEATURES": b"",
+    "SET_FEATURES": u64(PROTOCOL | VERSION_1),
+    "SET_OWNER": b"",
+    "SET_MEM_TABLE": MemTable((MemRegion(RAM, 4 * PAGE, 0x100000, 0),)).pack(),
+    "SET_VRING_NUM": pair(0, 16),
+    "SET_VRING_ADDR": VringAddr(0, 0, 0x100000, 0x101000, 0x102000, 0).pack(),
+    "SET_VRING_BASE": pair(0, 0),
+    "GET_VRING_BASE": pair(0, 0),
+    "SET_VRING_KICK": u64(0),
+    "SET_VRING_CALL": u64(0),
+    "SET_VRING_ERR": u64(0),
+    "GET_PROTOCOL_FEATURES": b"",
+    "SET_PROTOCOL_FEATURES": u64(int(PROTOCOL_FEATURES | PF.CONFIG)),
+    "GET_QUEUE_NUM": b"",
+    "SET_VRING_ENABLE": pair(0, 1),
+    "SET_BACKEND_REQ_FD": b"",
+    "GET_CONFIG": Config(0, 0, bytes(8)).pack(),
+    "SET_CONFIG": Config(0, 0, b"new").pack(),
+    "RESET_DEVICE": b"",
+    "GET_MAX_MEM_SLOTS": b"",
+    "ADD_MEM_REG": MemReg(RAM, 4 * PAGE, 0x100000, 0).pack(),
+    "REM_MEM_REG": MemReg(RAM, 4 * PAGE, 0x100000, 0).pack(),
+    "SET_STATUS": u64(1),
+    "GET_STATUS": b"",
+}
+"""A payload that is right, for each request."""
+
+NEED_FD = {"SET_MEM_TABLE", "ADD_MEM_REG", "SET_VRING_KICK", "SET_VRING_CALL", "SET_VRING_ERR", "SET_BACKEND_REQ_FD"}
+
+
+class WireTest(DaemonTest):
+    """A test of bytes on the socket."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.memory_fd = self.memfd(4 * PAGE)
+        self.event_fd = self.eventfd()
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        self.socket_fd = theirs.fileno()
+
+    def fds_for(self, name: str) -> list[int]:
+        """The descriptors that go with the example of a request."""
+        if name not in NEED_FD:
+            return []
+        return [self.memory_fd if "MEM" in name else self.socket_fd if "BACKEND" in name else self.event_fd]
+
+    @contextlib.contextmanager
+    def served(self, device: VhostUserBackend | None = None) -> Iterator[Served]:
+        """A daemon, whose open descriptors are known while nobody is connected."""
+        with self.serving(device or Echo()) as served:
+            self.idle = open_fds().keys()
+            yield served
+
+    @contextlib.contextmanager
+    def rejected(self, served: Served, reason: str, **options: Any) -> Iterator[Peer]:
+        """The block breaks the protocol: the connection ends with that reason, nothing stays open, and the next one is served."""
+        self._log.lines.clear()
+        with served.peer(**options) as peer:
+            yield peer
+            peer.is_closed()
+        self.expect_log(f"the connection ends: .*{reason}", times=1)
+        wait_until(lambda: open_fds().keys() == self.idle, "the connection's descriptors to be closed")
+        with served.peer() as peer:
+            peer.lives()
+        wait_until(lambda: open_fds().keys() == self.idle, "the next connection's descriptors to be closed")
+
+
+class StreamTests(WireTest):
+    """Messages in pieces."""
+
+    def test_message_that_comes_byte_by_byte(self) -> None:
+        with self.served() as served, served.peer() as peer:
+            message = struct.pack("=III", 39, 9, 8) + u64(3) + struct.pack("=III", 40, 1, 0)
+            for n in range(len(message)):
+                peer.raw(message[n : n + 1])
+            self.assertEqual([peer.answer(), peer.answer()], [(39, 5, u64(0)), (40, 5, u64(3))])
+
+    def test_header_in_two_pieces_with_the_descriptor_at_the_first_byte(self) -> None:
+        with self.served() as served:
+            for cut in range(1, 12):
+                with served.peer() as peer:
+                    message = struct.pack("=III", 37, 9, 40) + EXAMPLES["ADD_MEM_REG"]
+                    peer.raw(message[:cut], [self.memory_fd])
+                    peer.raw(message[cut:])
+                    self.assertEqual(peer.answer(), (37, 5, u64(0)))
+                    peer.lives()
+
+    def test_many_messages_in_one_piece(self) -> None:
+        with self.served() as served, served.peer() as peer:
+            peer.raw(struct.pack("=III", 39, 9, 8) + u64(3) + struct.pack("=III", 40, 1, 0) * 3)
+            self.assertEqual([peer.answer() for _ in range(4)], [(39, 5, u64(0))] + [(40, 5, u64(3))] * 3)
+
+    def test_descriptors_of_messages_sent_ahead_are_not_mixed_up(self) -> None:
+        """Each message keeps its own, though they wait in the socket together."""
+        device = Echo()
+        with self.served(device) as served, served.peer() as peer:
+            for number in range(4):
+                peer.send(37, MemReg(RAM + number * PAGE, PAGE, 0x100000 + number * PAGE, number * PAGE).pack(), 9, [self.memory_fd])
+                peer.send(39, u64(number), 9)
+            self.assertEqual([peer.answer()[::2] for _ in range(8)], [(37, u64(0)), (39, u64(0))] * 4)
+            self.assertEqual(len(served.daemon.memory.memory().regions), 4)
+
+    def test_peer_that_leaves_between_messages_is_no_error(self) -> None:
+        with self.served() as served:
+            with served.peer() as peer:
+                peer.lives()
+            self.expect_log("INFO .*the front-end has left")
+            self.assertFalse([line for line in self._log.lines if line.startswith(("ERROR", "WARNING"))])
+
+    def test_peer_that_leaves_within_a_message_at_every_byte(self) -> None:
+        """rule: every descriptor is closed, whatever was read so far."""
+        message = struct.pack("=III", 37, 9, 40) + EXAMPLES["ADD_MEM_REG"]
+        with self.served() as served:
+            for cut in range(1, len(message)):
+                with served.peer() as peer:
+                    peer.raw(message[:cut], [self.memory_fd])
+            with served.peer() as peer:
+                peer.lives()
+            wait_until(lambda: open_fds().keys() == self.idle, "all descriptors to be closed")
+            self.expect_log("within a header")
+            self.expect_log("within a payload, after 39 of 40 bytes")
+
+    def test_receiving_process_has_close_on_exec_set(self) -> None:
+        with self.served() as served, served.peer() as peer:
+            peer.msg("SET_VRING_KICK", u64(0), [self.event_fd])
+            kick = served.daemon.vrings[0].kick
+            assert kick is not None
+            self.assertFalse(os.get_inheritable(kick))
+
+
+class MalformedMessageTests(WireTest):
+    """A malformed message ends the connection with a reason; its descriptors are closed, and the daemon serves the next."""
+
+    def test_descriptors_with_the_payload(self) -> None:
+        """They belong to the first byte of the header."""
+        with self.served() as served, self.rejected(served, "file descriptors with its payload") as peer:
+            peer.raw(struct.pack("=III", 37, 9, 40))
+            peer.raw(EXAMPLES["ADD_MEM_REG"], [self.memory_fd])
+
+    def test_descriptors_with_header_and_payload(self) -> None:
+        with self.served() as served, self.rejected(served, "file descriptors with its payload") as peer:
+            peer.raw(struct.pack("=III", 37, 9, 40), [self.memory_fd])
+            peer.raw(EXAMPLES["ADD_MEM_REG"], [self.memory_fd])
+
+    def test_more_descriptors_than_a_message_may_have(self) -> None:
+        with self.served() as served, self.rejected(served, f"more than {vhost_user.MAX_FDS} file descriptors") as peer:
+            peer.send(5, EXAMPLES["SET_MEM_TABLE"], 9, [self.memory_fd] * (vhost_user.MAX_FDS + 1))
+
+    def test_descriptors_by_the_header_in_pieces(self) -> None:
+        """Twelve bytes with 32 each are no way around."""
+        with self.served() as served, self.rejected(served, "file descriptors") as peer, contextlib.suppress(BrokenPipeError):
+            for byte in struct.pack("=III", 5, 9, 40):
+                peer.raw(bytes([byte]), [self.memory_fd] * 32)
+            peer.raw(EXAMPLES["SET_MEM_TABLE"])
+
+    def test_payload_that_is_too_big(self) -> None:
+        """Refused by its header; nobody waits for that many bytes."""
+        with self.served() as served:
+            for size in vhost_user.MAX_PAYLOAD + 1, 2**32 - 1:
+                with self.rejected(served, f"payload of {size} bytes") as peer:
+                    peer.send(2, size=size, fds=[self.memory_fd])
+
+    def test_version_that_is_not_1(self) -> None:
+        with self.served() as served:
+            for flags in 0, 2, 3, 8, 10:
+                with self.rejected(served, "not those of protocol version 1") as peer:
+                    peer.send(1, flags=flags)
+
+    def test_reserved_flags(self) -> None:
+        with self.served() as served:
+            for flags in 0x11, 0x101, 0x80000001:
+                with self.rejected(served, f"flags {flags:#x}") as peer:
+                    peer.send(1, flags=flags)
+
+    def test_reply_that_nobody_asked_for(self) -> None:
+        with self.served() as served:
+            for flags in 5, 13:
+                with self.rejected(served, "GET_FEATURES is marked as a reply") as peer:
+                    peer.send(1, flags=flags)
+
+    def test_unknown_request(self) -> None:
+        with self.served() as served:
+            for number in sorted({0, 4, 6, 7, 22, 45, 46, 1000, 2**32 - 1} - {row.number for row in REQUESTS.values()}):
+                with self.rejected(served, f"unknown request {number}") as peer:
+                    peer.send(number, bytes(8), 9, [self.event_fd])
+
+    def test_request_whose_protocol_feature_was_not_negotiated(self) -> None:
+        with self.served() as served:
+            for name, row in REQUESTS.items():
+                if row.gate:
+                    with self.subTest(name), self.rejected(served, f"{name} without {row.gate.name} negotiated", protocol_features=0) as peer:
+                        peer.send(row.number, EXAMPLES[name], fds=self.fds_for(name))
+
+    def test_payload_of_a_wrong_size(self) -> None:
+        """Every row of the table, one byte less and one byte more."""
+        with self.served() as served:
+            for name, row in REQUESTS.items():
+                right = EXAMPLES[name]
+                wrong = [right[:-1]] if right else []
+                if name != "SET_MEM_TABLE":  # some front-ends send all of their structure
+                    wrong.append(right + b"\0")
+                for payload in wrong:
+                    with self.subTest(name, size=len(payload)), self.rejected(served, f"{name}: .*payload of {len(payload)} bytes") as peer:
+                        peer.send(row.number, payload, 9, self.fds_for(name))
+
+    def test_wrong_number_of_descriptors(self) -> None:
+        """Every row of the table."""
+        with self.served() as served:
+            for name, row in REQUESTS.items():
+                right = self.fds_for(name)
+                wrong = [right + [self.event_fd]] if name != "REM_MEM_REG" else [[self.event_fd] * 2]
+                wrong += [[]] if right else []
+                for fds in wrong:
+                    with self.subTest(name, fds=len(fds)), self.rejected(served, f"{len(fds)} file descriptors|which takes") as peer:
+                        peer.send(row.number, EXAMPLES[name], 9, fds)
+
+    def test_memory_without_its_descriptor_names_the_likely_cause(self) -> None:
+        """rule 10"""
+        with self.served() as served:
+            for name in "SET_MEM_TABLE", "ADD_MEM_REG":
+                with self.rejected(served, "share=on") as peer:
+                    peer.send(REQUESTS[name].number, EXAMPLES[name], 9)
+
+    def test_values_that_can_never_be_right(self) -> None:
+        with self.served() as served:
+            cases: list[tuple[str, bytes, str]] = [
+                ("SET_VRING_NUM", pair(2, 16), "ring 2: the device has 2"),
+                ("SET_VRING_BASE", pair(0xFFFFFFFF, 0), "ring 4294967295"),
+                ("GET_VRING_BASE", pair(2, 0), "ring 2"),
+                ("SET_VRING_ADDR", VringAddr(2, 0, 0, 0, 0, 0).pack(), "ring 2"),
+                ("SET_VRING_ENABLE", pair(2, 1), "ring 2"),
+                ("SET_VRING_ENABLE", pair(0, 2), "neither 0 nor 1"),
+                ("SET_VRING_KICK", u64(2 | 256), "ring 2"),
+                ("SET_VRING_CALL", u64(255 | 256), "ring 255"),
+                ("SET_VRING_ERR", u64(3 | 256), "ring 3"),
+                ("SET_VRING_KICK", u64(1 << 9 | 256), "bits beyond"),
+                ("SET_MEM_TABLE", struct.pack("=II", 33, 0), "33 regions"),
+                ("SET_MEM_TABLE", struct.pack("=II", 0xFFFFFFFF, 0), "4294967295 regions"),
+                ("SET_STATUS", u64(256), "8 bits"),
+                ("SET_CONFIG", Config(0, 2, b"x").pack(), "unknown flags"),
+                ("GET_CONFIG", struct.pack("=III", 0, 0xFFFFFFFF, 0), "payload of 12 bytes"),
+                ("GET_CONFIG", Config(0xFFFFFFFF, 0, b"x").pack(), "config space access"),
+                ("SET_FEATURES", u64(1 << 63), "not offered"),
+                ("SET_PROTOCOL_FEATURES", u64(1 << 63), "not offered"),
+            ]
+            for name, payload, reason in cases:
+                with self.subTest(name, payload=payload.hex()), self.rejected(served, reason) as peer:
+                    peer.send(REQUESTS[name].number, payload, 9)
+
+    def test_random_bytes(self) -> None:
+        """Nothing of that harms the daemon."""
+        with self.served() as served, self.seeded() as rng:
+            for _ in range(150):
+                with served.peer() as peer, contextlib.suppress(BrokenPipeError):
+                    for _ in range(rng.randrange(1, 6)):
+                        name = rng.choice(list(REQUESTS))
+                        payload = bytearray(EXAMPLES[name])
+                        for _ in range(rng.randrange(3)):
+                            if payload:
+                                payload[rng.randrange(len(payload))] = rng.randrange(256)
+                        fds = self.fds_for(name) if rng.random() < 0.8 else [self.memory_fd] * rng.randrange(3)
+                        peer.send(REQUESTS[name].number, bytes(payload), rng.choice((1, 1, 9, 9, 9, 5)), fds)
+                    if rng.random() < 0.3:
+                        peer.raw(rng.randbytes(rng.randrange(30)))
+            with served.peer() as peer:
+                peer.lives()
+            wait_until(lambda: open_fds().keys() == self.idle, "all descriptors to be closed")
+
+
+class AcknowledgementTests(WireTest):
+    """rule 14: a reply or an acknowledgement, never both, never neither."""
+
+    def test_every_request_is_answered_once(self) -> None:
+        """With NEED_REPLY: by its reply or by an acknowledgement, whose flags are those of a reply and no more."""
+        with self.served() as served:
+            for name, row in REQUESTS.items():
+                with self.subTest(name), served.peer() as peer:
+                    if name == "REM_MEM_REG":
+                        peer.msg("ADD_MEM_REG", EXAMPLES["ADD_MEM_REG"], [self.memory_fd])
+                    for flags in 9, 1:
+                        peer.send(row.number, EXAMPLES[name], flags, self.fds_for(name))
+                        if row.reply or flags == 9:
+                            number, answer_flags, payload = peer.answer()
+                            self.assertEqual((number, answer_flags), (row.number, 5))
+                            if row.reply:
+                                row.reply.unpack(payload)
+                            else:
+                                self.assertEqual(payload, u64(0))
+                        peer.lives()
+
+    def test_no_acknowledgement_where_it_was_not_negotiated(self) -> None:
+        with self.served() as served, served.peer(protocol_features=~PF.REPLY_ACK) as peer:
+            for name, row in REQUESTS.items():
+                if not row.reply and name not in ("SET_PROTOCOL_FEATURES", "REM_MEM_REG", "ADD_MEM_REG"):
+                    peer.msg(name, EXAMPLES[name], self.fds_for(name), expect=SILENT)
+
+    def test_acknowledgements_begin_with_the_message_that_negotiates_them(self) -> None:
+        with self.served() as served, served.peer(protocol_features=0) as peer:
+            peer.msg("SET_OWNER", expect=SILENT)
+            peer.send(16, u64(int(PF.REPLY_ACK)), 9)
+            if is_readable(peer.socket, MOMENT):  # allowed, and not asked for
+                self.assertEqual(peer.answer(), (16, 5, u64(0)))
+            peer.msg("SET_OWNER")
+
+    def test_refused_request_is_acknowledged_with_failure_and_the_connection_stays(self) -> None:
+        """rule 15"""
+        with self.served() as served, served.peer() as peer:
+            peer.msg("SET_MEM_TABLE", EXAMPLES["SET_MEM_TABLE"], [self.memory_fd])
+            table = MemTable((MemRegion(RAM, 5 * PAGE, 0x100000, 0),)).pack()  # the file has four
+            overlap = MemTable((MemRegion(RAM, PAGE, 0x100000, 0), MemRegion(RAM, PAGE, 0x200000, 0))).pack()
+            for name, payload, fds in (
+                ("SET_MEM_TABLE", table, [self.memory_fd]),
+                ("SET_MEM_TABLE", overlap, [self.memory_fd] * 2),
+                ("ADD_MEM_REG", EXAMPLES["ADD_MEM_REG"], [self.memory_fd]),
+                ("ADD_MEM_REG", MemReg(0, PAGE, 0, 0).pack(), [self.socket_fd]),
+                ("REM_MEM_REG", MemReg(0, PAGE, 0, 0).pack(), []),
+                ("SET_VRING_NUM", pair(0, 0), []),
+                ("SET_VRING_NUM", pair(0, 257), []),
+                ("SET_VRING_KICK", u64(0), [self.memory_fd]),
+                ("SET_CONFIG", Config(8, 0, b"x").pack(), []),
+            ):
+                with self.subTest(name, payload=payload.hex()):
+                    peer.msg(name, payload, fds, expect=REFUSED)
+                    peer.msg(name, payload, fds, flags=1, expect=SILENT)
+            self.assertEqual(len(served.daemon.memory.memory().regions), 1, "what was refused has changed nothing")
+
+    def test_exception_in_the_device_is_a_refusal(self) -> None:
+        class Bad(Echo):
+            def acked_features(self, features: int) -> None:
+                raise RuntimeError("cannot")
+
+            def get_config(self, offset: int, size: int) -> bytes:
+                raise RuntimeError("cannot")
+
+        with self.served(Bad()) as served, served.peer() as peer:
+            peer.msg("SET_FEATURES", u64(PROTOCOL), expect=REFUSED)
+            peer.msg("GET_CONFIG", EXAMPLES["GET_CONFIG"], expect=b"")
+            self.expect_log("acked_features of the device failed")
+            self.expect_log("get_config of the device failed")
+
+
+class EachRequestTests(WireTest):
+    """What each request of the table does: one test for each row, named after it."""
+
+    def test_every_row_has_its_test(self) -> None:
+        rows = {f"test_{name.lower()}" for name in REQUESTS}
+        self.assertEqual(rows - set(dir(self)), set(), "requests without a test")
+        self.assertEqual(REQUESTS.keys() - EXAMPLES.keys(), set(), "requests without an example")
+
+    def test_get_features(self) -> None:
+        """The framework adds what it implements itself."""
+
+        class Bits(Echo):
+            features = 1 << 5
+
+        class Fewer(Bits):
+            withheld_features = PACKED | IN_ORDER
+
+        with self.served(Bits()) as served, served.peer() as peer:
+            peer.msg("GET_FEATURES", expect=u64(FEATURES | 1 << 5))
+        with self.served(Fewer()) as served, served.peer() as peer:
+            peer.msg("GET_FEATURES", expect=u64((FEATURES | 1 << 5) & ~PACKED & ~IN_ORDER))
+        self.assertEqual(FEATURES, INDIRECT | EVENT_IDX | PROTOCOL | VERSION_1 | PACKED | IN_ORDER | RING_RESET)
+
+    def test_set_features(self) -> None:
+        device = Echo()
+        with self.served(device) as served, served.peer() as peer:
+            peer.msg("SET_FEATURES", u64(PROTOCOL | EVENT_IDX))
+            peer.msg("SET_FEATURES", u64(PROTOCOL | VERSION_1))
+            self.assertEqual(device.told("features"), [(PROTOCOL | EVENT_IDX,), (PROTOCOL | VERSION_1,)])
+            self.assertEqual(device.told("event_idx"), [(True,), (False,)])
+
+    def test_set_owner(self) -> None:
+        with self.served() as served, served.peer() as peer:
+            peer.msg("SET_OWNER")
+            peer.msg("SET_OWNER")
+
+    def test_set_mem_table(self) -> None:
+        device = Echo()
+        with self.served(device) as served, served.peer() as peer:
+            regions = tuple(MemRegion(RAM + n * 0x10000, PAGE, 0x100000 + n * 0x10000, (n % 4) * PAGE) for n in range(vhost_user.MAX_FDS))
+            for count in vhost_user.MAX_FDS, 8, 1, 0:
+                peer.msg("SET_MEM_TABLE", MemTable(regions[:count]).pack(), [self.memory_fd] * count)
+            self.assertEqual(device.told("memory"), [(vhost_user.MAX_FDS,), (8,), (1,), (0,)])
+
+    def test_set_vring_num(self) -> None:
+        with self.served() as served, served.peer() as peer:
+            for num, expect in (1, OK), (256, OK), (0, REFUSED), (257, REFUSED), (0xFFFFFFFF, REFUSED):
+                peer.msg("SET_VRING_NUM", pair(1, num), expect=expect)
+
+    def test_set_vring_addr(self) -> None:
+        """rule 8: it may come before the memory that it is in."""
+        with self.served() as served, served.peer() as peer:
+            peer.msg("SET_VRING_ADDR", EXAMPLES["SET_VRING_ADDR"])
+            peer.msg("SET_MEM_TABLE", EXAMPLES["SET_MEM_TABLE"], [self.memory_fd])
+            peer.msg("SET_VRING_NUM", pair(0, 8))
+            peer.msg("SET_VRING_KICK", u64(0), [self.event_fd])
+            peer.msg("SET_VRING_ENABLE", pair(0, 1))
+            wait_until(lambda: served.daemon.vrings[0].active, "the ring to be served")
+
+    def test_set_vring_base(self) -> None:
+        with self.served() as served, served.peer() as peer:
+            peer.msg("SET_VRING_BASE", pair(0, 77))
+            peer.msg("GET_VRING_BASE", pair(0, 0), expect=pair(0, 77))
+            peer.msg("SET_VRING_BASE", pair(1, 0xFFFF))
+            peer.msg("GET_VRING_BASE", pair(1, 0), expect=pair(1, 0xFFFF))
+            peer.msg("SET_VRING_KICK", u64(0), [self.event_fd])
+            peer.msg("SET_VRING_BASE", pair(0, 1), expect=REFUSED)
+
+    def test_get_vring_base(self) -> None:
+        """rule 6: it stops the ring and lets go of kick and call, and resets nothing."""
+        device = Echo()
+        with self.served(device) as served, served.peer() as peer:
+            peer.msg("GET_VRING_BASE", pair(1, 0), expect=pair(1, 0))
+            self.assertEqual(device.told("stopped"), [])
+            before = open_fds().keys()
+            peer.msg("SET_VRING_CALL", u64(1), [self.event_fd])
+            peer.msg("SET_VRING_KICK", u64(1), [self.event_fd])
+            self.assertEqual(device.told("started"), [(1,)])
+            peer.msg("GET_VRING_BASE", pair(1, 0), expect=pair(1, 0))
+            self.assertEqual((device.told("stopped"), open_fds().keys()), ([(1,)], before))
+
+    def test_set_vring_kick(self) -> None:
+        """It starts the ring, with or without a descriptor; a new one replaces the old one, which is closed."""
+        device = Echo()
+        with self.served(device) as served, served.peer() as peer:
+            peer.msg("SET_VRING_KICK", u64(0), [self.event_fd])
+            before = open_fds().keys()
+            for _ in range(5):
+                peer.msg("SET_VRING_KICK", u64(0), [self.event_fd])
+            self.assertEqual(len(open_fds()), len(before))
+            peer.msg("SET_VRING_KICK", u64(256))
+            self.assertEqual(len(open_fds()), len(before) - 1)
+            peer.msg("SET_VRING_KICK", u64(1 | 256))
+            self.assertEqual(device.told("started"), [(0,), (1,)])
+            self.assertTrue(all(vring.started for vring in served.daemon.vrings))
+
+    def test_set_vring_call(self) -> None:
+        self.replaced("SET_VRING_CALL")
+
+    def test_set_vring_err(self) -> None:
+        self.replaced("SET_VRING_ERR")
+
+    def replaced(self, name: str) -> None:
+        """A new descriptor replaces the old one, which is closed; bit 8 leaves none."""
+        with self.served() as served, served.peer() as peer:
+            before = len(open_fds())
+            for _ in range(5):
+                peer.msg(name, u64(1), [self.event_fd])
+                self.assertEqual(len(open_fds()), before + 1)
+            peer.msg(name, u64(1 | 256))
+            self.assertEqual(len(open_fds()), before)
+            peer.msg(name, u64(1), [self.event_fd])
+
+    def test_get_protocol_features(self) -> None:
+        class Plain(Echo):
+            config = None
+            withheld_protocol_features = PF.STATUS
+            protocol_features = PF.MTU
+
+        with self.served() as served, served.peer() as peer:
+            peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(PROTOCOL_FEATURES | PF.CONFIG)))
+        with self.served(Plain()) as served, served.peer() as peer:
+            peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(PROTOCOL_FEATURES & ~PF.STATUS | PF.MTU)))
+        for bit in PF.MQ, PF.REPLY_ACK, PF.BACKEND_REQ, PF.RESET_DEVICE, PF.CONFIGURE_MEM_SLOTS, PF.STATUS:
+            self.assertIn(bit, PROTOCOL_FEATURES)
+
+    def test_set_protocol_features(self) -> None:
+        """Before SET_FEATURES, or after it; a feature that is not chosen is not there."""
+        with self.served() as served:
+            with served.peer(protocol_features=0) as peer:
+                peer.msg("SET_PROTOCOL_FEATURES", u64(int(PF.MQ)), flags=1, expect=SILENT)
+                peer.msg("GET_QUEUE_NUM", expect=u64(2))
+                peer.msg("GET_STATUS", expect=CLOSED)
+            self.expect_log("GET_STATUS without STATUS")
+            with served.peer(protocol_features=0) as peer:
+                peer.msg("SET_FEATURES", u64(PROTOCOL), flags=1, expect=SILENT)
+                peer.msg("SET_PROTOCOL_FEATURES", u64(int(PF.MQ | PF.REPLY_ACK)), flags=1, expect=SILENT)
+                peer.msg("SET_OWNER")
+
+    def test_get_queue_num(self) -> None:
+        with self.served() as served, served.peer() as peer:
+            peer.msg("GET_QUEUE_NUM", expect=u64(2))
+
+    def test_set_vring_enable(self) -> None:
+        """rule 1: kept while the ring is stopped."""
+        with self.served() as served, served.peer(features=PROTOCOL) as peer:
+            ring = served.daemon.vrings[1]
+            self.assertFalse(ring.enabled)
+            peer.msg("SET_VRING_ENABLE", pair(1, 1))
+            self.assertTrue(ring.enabled)
+            peer.msg("SET_VRING_KICK", u64(1), [self.event_fd])
+            peer.msg("GET_VRING_BASE", pair(1, 0), expect=pair(1, 0))
+            self.assertTrue(ring.enabled)
+            peer.msg("SET_VRING_ENABLE", pair(1, 0))
+            self.assertFalse(ring.enabled)
+
+    def test_set_backend_req_fd(self) -> None:
+        """The one before is closed; what is no socket ends the connection."""
+        with self.served() as served:
+            with served.peer() as peer:
+                ours, theirs = socket.socketpair()
+                with ours, theirs:
+                    peer.msg("SET_BACKEND_REQ_FD", fds=[theirs.fileno()])
+                    theirs.close()
+                    self.assertFalse(is_readable(ours), "is held open")
+                    peer.msg("SET_BACKEND_REQ_FD", fds=[self.socket_fd])
+                    self.assertEqual(ours.recv(1), b"")
+            wait_until(lambda: open_fds().keys() == self.idle, "the channel to be closed")
+            with self.rejected(served, "SET_BACKEND_REQ_FD: the file descriptor is no socket") as peer:
+                peer.send(21, fds=[self.memory_fd])
+
+    def test_get_config(self) -> None:
+        """The reply's payload is just as long as the request's; a payload of nothing says that it failed."""
+
+        class Short(Echo):
+            def get_config(self, offset: int, size: int) -> bytes:
+                if offset == 8:
+                    raise Refused("not there")
+                return b"x" * (size - 1)
+
+        class Fields(ctypes.LittleEndianStructure):
+            _fields_ = (("a", ctypes.c_uint32), ("b", ctypes.c_uint16))
+
+        class Declared(Echo):
+            config = Fields(0x01020304, 0x0506)  # type: ignore[assignment]
+
+        class Without(Echo):
+            config = None
+            protocol_features = PF.CONFIG
+
+        with self.served() as served, served.peer() as peer:
+            for offset, size in (0, 16), (3, 5), (0, 0), (0, 256):
+                data = b"0123456789abcdef"[offset : offset + size].ljust(size, b"\0")
+                peer.msg("GET_CONFIG", Config(offset, 0, bytes(size)).pack(), expect=Config(offset, 0, data).pack())
+        for device, offset in (Short(), 8), (Short(), 0), (Without(), 0):
+            with self.served(device) as served, served.peer() as peer:
+                peer.msg("GET_CONFIG", Config(offset, 0, bytes(8)).pack(), expect=b"")
+                peer.msg("GET_CONFIG", Config(offset, 0, bytes(8)).pack(), flags=1, expect=b"")
+        with self.served(Declared()) as served, served.peer() as peer:
+            peer.msg("GET_CONFIG", Config(0, 0, bytes(6)).pack(), expect=Config(0, 0, b"\4\3\2\1\6\5").pack())
+
+    def test_set_config(self) -> None:
+        device = Echo()
+        with self.served(device) as served, served.peer() as peer:
+            peer.msg("SET_CONFIG", Config(3, 0, b"new").pack())
+            peer.msg("SET_CONFIG", Config(3, 1, b"mig").pack())
+            peer.msg("SET_CONFIG", Config(9, 0, b"new").pack(), expect=REFUSED)
+            self.assertEqual(device.told("config"), [(3, b"new", 0), (3, b"mig", 1)])
+
+    def test_reset_device(self) -> None:
+        """All rings are as new; what was negotiated stays."""
+        device = Echo()
+        with self.served(device) as served, served.peer(features=PROTOCOL | VERSION_1) as peer:
+            before = open_fds().keys()
+            peer.msg("SET_VRING_KICK", u64(0), [self.event_fd])
+            peer.msg("SET_VRING_ENABLE", pair(0, 1))
+            peer.msg("SET_VRING_BASE", pair(1, 9))
+            peer.msg("SET_STATUS", u64(15))
+            peer.msg("RESET_DEVICE")
+            self.assertEqual((device.told("reset"), device.told("stopped")), ([()], [(0,)]))
+            self.assertEqual(open_fds().keys(), before)
+            self.assertFalse(served.daemon.vrings[0].started or served.daemon.vrings[0].enabled)
+            peer.msg("GET_VRING_BASE", pair(1, 0), expect=pair(1, 0))
+            peer.msg("GET_STATUS", expect=u64(0))
+
+    def test_get_max_mem_slots(self) -> None:
+        with self.served() as served, served.peer() as peer:
+            peer.msg("GET_MAX_MEM_SLOTS", expect=u64(509))
+
+    def test_add_mem_reg(self) -> None:
+        """As many as were told, and not one more; each descriptor is closed at once."""
+        with self.served() as served, served.peer() as peer:
+            before = open_fds().keys()
+            for n in range(MAX_REGIONS + 1):
+                peer.send(37, MemReg(RAM + n * PAGE, PAGE, 0x100000 + n * PAGE, 0).pack(), 9, [self.memory_fd])
+                self.assertEqual(peer.answer()[2] == u64(0), n < MAX_REGIONS)
+            self.assertEqual(open_fds().keys(), before)
+            self.assertEqual(len(served.daemon.memory.memory().regions), MAX_REGIONS)
+            self.expect_log("ADD_MEM_REG .* refused: 510 memory regions")
+
+    def test_rem_mem_reg(self) -> None:
+        """rule 11: by guest address, user address and size; a descriptor that comes along is closed."""
+        mappings = mapping_count()
+        with self.served() as served, served.peer() as peer:
+            before = open_fds().keys()
+            for fds in [], [self.memory_fd]:
+                peer.msg("ADD_MEM_REG", MemReg(RAM, PAGE, 0x100000, PAGE).pack(), [self.memory_fd])
+                for wrong in MemReg(RAM + 1, PAGE, 0x100000, PAGE), MemReg(RAM, PAGE + 1, 0x100000, PAGE), MemReg(RAM, PAGE, 0x100001, PAGE):
+                    peer.msg("REM_MEM_REG", wrong.pack(), fds, expect=REFUSED)
+                peer.msg("REM_MEM_REG", MemReg(RAM, PAGE, 0x100000, 12345).pack(), fds)
+                peer.msg("REM_MEM_REG", MemReg(RAM, PAGE, 0x100000, PAGE).pack(), fds, expect=REFUSED)
+            self.assertEqual((open_fds().keys(), mapping_count()), (before, mappings))
+
+    def test_set_status(self) -> None:
+        """0 resets the device; the device may answer with another status than the driver set."""
+
+        class NeedsReset(Echo):
+            def set_status(self, status: int) -> int:
+                return status | 64
+
+        device = Echo()
+        with self.served(device) as served, served.peer() as peer:
+            for status in 1, 3, 11, 15, 0:
+                peer.msg("SET_STATUS", u64(status))
+            self.assertEqual(device.told("status")[:4], [(1,), (3,), (11,), (15,)])
+            self.assertEqual(device.told("reset"), [()])
+        with self.served(NeedsReset()) as served, served.peer() as peer:
+            peer.msg("SET_STATUS", u64(15))
+            peer.msg("GET_STATUS", expect=u64(79))
+
+    def test_get_status(self) -> None:
+        with self.served() as served, served.peer() as peer:
+            peer.msg("GET_STATUS", expect=u64(0))
+            peer.msg("SET_STATUS", u64(11))
+            peer.msg("GET_STATUS", expect=u64(11))
+
+
+class FrontendTests(WireTest):
+    """`Frontend` against a back-end that answers wrongly."""
+
+    @contextlib.contextmanager
+    def answered_by(self, *answers: tuple[int, int, bytes]) -> Iterator[Frontend]:
+        """A front-end whose next questions get these answers: request, flags, payload."""
+        ours, theirs = socket.socketpair()
+        frontend = Frontend(ours)
+        with frontend, theirs:
+            for request, flags, payload in answers:
+                theirs.sendall(struct.pack("=III", request, flags, len(payload)) + payload)
+            yield frontend
+
+    def test_answer_to_another_question(self) -> None:
+        with self.answered_by((2, 5, u64(0))) as frontend, self.raises(ProtocolError, "answered by message 2"):
+            frontend.request("GET_FEATURES")
+
+    def test_answer_that_echoes_need_reply(self) -> None:
+        with self.answered_by((1, 13, u64(0))) as frontend, self.raises(ProtocolError, "flags 0xd"):
+            frontend.request("GET_FEATURES")
+
+    def test_answer_of_a_wrong_size(self) -> None:
+        with self.answered_by((1, 5, b"1234")) as frontend, self.raises(ProtocolError, "payload of 4 bytes"):
+            frontend.request("GET_FEATURES")
+
+    def test_back_end_that_leaves(self) -> None:
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        with Frontend(ours) as frontend, self.assertRaises(Disconnected):
+            frontend.request("GET_FEATURES")
+
+    def test_back_end_that_is_silent(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs, Frontend(ours) as frontend, self.assertRaises(TimeoutError):
+            frontend.connection.receive(0.01)
+
+    def test_refusals(self) -> None:
+        with self.connected(Echo()) as frontend:
+            with self.assertRaises(Refused):
+                frontend.set_config(8, b"x")
+            with self.assertRaises(Refused):
+                frontend.request("REM_MEM_REG", MemReg(1, 2, 3, 4))
+            frontend.set_config(0, b"x")
+            self.assertEqual(frontend.get_config(4, 4), b"4567")
+            self.assertEqual(frontend.queue_num(), 2)
+
+    def test_connection_that_is_not_read_does_not_wait_for_ever(self) -> None:
+        ours, theirs = socket.socketpair()
+        connection = Connection(ours)
+        with theirs, contextlib.closing(connection):
+            connection.SEND_TIMEOUT = 0.05
+            with self.assertRaises(TimeoutError):
+                for _ in range(100000):
+                    connection.send(1, 0, bytes(4096))
