@@ -65,6 +65,7 @@ if TYPE_CHECKING or BUNDLE or not __package__:
         FEATURES,
         PROTOCOL_FEATURES,
         REQUESTS,
+        U64,
         BackendChannel,
         Config,
         Connection,
@@ -77,7 +78,6 @@ if TYPE_CHECKING or BUNDLE or not __package__:
         MemTable,
         ProtocolError,
         Refused,
-        U64,
         VhostUserBackend,
         VhostUserBackendMut,
         VhostUserDaemon,
@@ -104,6 +104,7 @@ else:
         FEATURES,
         PROTOCOL_FEATURES,
         REQUESTS,
+        U64,
         BackendChannel,
         Config,
         Connection,
@@ -116,7 +117,6 @@ else:
         MemTable,
         ProtocolError,
         Refused,
-        U64,
         VhostUserBackend,
         VhostUserBackendMut,
         VhostUserDaemon,
@@ -322,9 +322,10 @@ class Echo(VhostUserBackendMut):
 
     num_queues = 2
     max_queue_size = 256
-    config = bytearray(b"0123456789abcdef")
+    config: Any
 
     def __init__(self) -> None:
+        self.config = bytearray(b"0123456789abcdef")
         self.events: list[tuple[Any, ...]] = []
         self.processed = 0
 
@@ -527,11 +528,6 @@ class Rig:
         return VringAddr(index, 0, desc, used, avail, 0)
 
 
-def negotiated(offered: int, wanted: int = -1) -> int:
-    """What both have."""
-    return offered & wanted
-
-
 class Peer:
     """A front-end that sends whatever it is told to, and says what it expects.
 
@@ -546,8 +542,8 @@ class Peer:
 
     def __init__(self, path: str, protocol_features: int = -1, features: int | None = None) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(PATIENCE)
         self.socket.connect(path)
+        self.socket.settimeout(PATIENCE)
         if protocol_features:
             self.send(15)
             [offered] = struct.unpack("=Q", self.answer()[2])
@@ -2685,14 +2681,14 @@ class EachRequestTests(WireTest):
             peer.msg(name, u64(1), [self.event_fd])
 
     def test_get_protocol_features(self) -> None:
-        class Plain(Echo):
-            config = None
-            withheld_protocol_features = PF.STATUS
-            protocol_features = PF.MTU
+        plain = Echo()
+        plain.config = None
+        plain.withheld_protocol_features = PF.STATUS
+        plain.protocol_features = PF.MTU
 
         with self.served() as served, served.peer() as peer:
             peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(PROTOCOL_FEATURES | PF.CONFIG)))
-        with self.served(Plain()) as served, served.peer() as peer:
+        with self.served(plain) as served, served.peer() as peer:
             peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(PROTOCOL_FEATURES & ~PF.STATUS | PF.MTU)))
         for bit in PF.MQ, PF.REPLY_ACK, PF.BACKEND_REQ, PF.RESET_DEVICE, PF.CONFIGURE_MEM_SLOTS, PF.STATUS:
             self.assertIn(bit, PROTOCOL_FEATURES)
@@ -2754,22 +2750,20 @@ class EachRequestTests(WireTest):
         class Fields(ctypes.LittleEndianStructure):
             _fields_ = (("a", ctypes.c_uint32), ("b", ctypes.c_uint16))
 
-        class Declared(Echo):
-            config = Fields(0x01020304, 0x0506)  # type: ignore[assignment]
-
-        class Without(Echo):
-            config = None
-            protocol_features = PF.CONFIG
+        declared, without = Echo(), Echo()
+        declared.config = Fields(0x01020304, 0x0506)
+        without.config = None
+        without.protocol_features = PF.CONFIG
 
         with self.served() as served, served.peer() as peer:
             for offset, size in (0, 16), (3, 5), (0, 0), (0, 256):
                 data = b"0123456789abcdef"[offset : offset + size].ljust(size, b"\0")
                 peer.msg("GET_CONFIG", Config(offset, 0, bytes(size)).pack(), expect=Config(offset, 0, data).pack())
-        for device, offset in (Short(), 8), (Short(), 0), (Without(), 0):
+        for device, offset in (Short(), 8), (Short(), 0), (without, 0):
             with self.served(device) as served, served.peer() as peer:
                 peer.msg("GET_CONFIG", Config(offset, 0, bytes(8)).pack(), expect=b"")
                 peer.msg("GET_CONFIG", Config(offset, 0, bytes(8)).pack(), flags=1, expect=b"")
-        with self.served(Declared()) as served, served.peer() as peer:
+        with self.served(declared) as served, served.peer() as peer:
             peer.msg("GET_CONFIG", Config(0, 0, bytes(6)).pack(), expect=Config(0, 0, b"\4\3\2\1\6\5").pack())
 
     def test_set_config(self) -> None:
@@ -2902,3 +2896,1481 @@ class FrontendTests(WireTest):
             with self.assertRaises(TimeoutError):
                 for _ in range(100000):
                     connection.send(1, 0, bytes(4096))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Rings of a daemon
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class TrafficTests(DaemonTest):
+    """Requests and answers, whatever the ring."""
+
+    def test_every_kind_of_ring(self) -> None:
+        for packed in False, True:
+            for features in VERSION_1, VERSION_1 | EVENT_IDX, VERSION_1 | IN_ORDER, -1 & ~PACKED:
+                for vring in VringMutex, VringRwLock:
+                    with self.subTest(packed=packed, features=features, vring=vring.__name__):
+                        indirect = features == -1 & ~PACKED
+                        setup = {"packed": packed, "features": features | packed * PACKED, "indirect": indirect, "memory": 1 << 20, "size": 32}
+                        with self.connected(Echo(), 2, vring, **setup) as frontend:
+                            for _ in range(40):
+                                for queue in frontend.queues:
+                                    self.echo(frontend, queue, b"ping")
+
+    def test_many_requests_at_once(self) -> None:
+        for packed in False, True:
+            with self.connected(Echo(), packed=packed, indirect=False) as frontend:
+                [queue] = frontend.queues
+                base = frontend.arena[0]
+                frontend.memory.write(base, b"abcd")
+                done = 0
+                for sent in range(1000):
+                    while queue.driver.free < 2:
+                        done += len(queue.wait(PATIENCE))
+                    queue.submit([(base, 4)], [(base + 64, 4)], sent)
+                while done < 1000:
+                    found = queue.wait(PATIENCE)
+                    self.assertEqual({length for _, length in found}, {4})
+                    done += len(found)
+
+    def test_completion_out_of_order_from_another_thread(self) -> None:
+        device = Later()
+        with self.connected(device) as frontend:
+            [queue] = frontend.queues
+            base = frontend.arena[0]
+            for n in range(5):
+                frontend.memory.write(base + 16 * n, bytes([n]) * 4)
+                queue.submit([(base + 16 * n, 4)], [(base + 0x1000 + 16 * n, 4)], n)
+            device.holds(5)
+            found: list[object] = []
+            for position in 4, 1, 2, 0, 0:
+                device.complete(position)
+                [(token, length)] = queue.wait(PATIENCE)
+                self.assertEqual((length, frontend.memory.read(base + 0x1000 + 16 * int(str(token)), 4)), (4, bytes([int(str(token))]) * 4))
+                found.append(token)
+            self.assertEqual(found, [4, 1, 3, 0, 2])
+
+    def test_hostile_chains_over_the_daemon(self) -> None:
+        """They come back with length 0, and the requests among them are served."""
+        with self.connected(Echo(), indirect=False) as frontend:
+            [queue] = frontend.queues
+            for n in range(50):
+                queue.submit([(0xDEAD0000 + n, 4)], [], "bad")
+                self.assertEqual(queue.wait(PATIENCE), [("bad", 0)])
+                self.echo(frontend, queue)
+            self.expect_log("ring 0: chain .* refused: .*leave RAM")
+
+    def test_lying_ring_breaks_and_the_other_lives(self) -> None:
+        with self.connected(Echo(), 2) as frontend:
+            one, other = frontend.queues
+            avail = frontend.memory.view(one.driver.areas[1], 4).cast("H")
+            avail[1] = 1000
+            one.kick()
+            with self.raises(VringError, "says it is broken"):
+                one.wait(PATIENCE)
+            self.echo(frontend, other)
+            frontend.stop_queue(one)
+            del avail
+
+
+class RingStateTests(DaemonTest):
+    """Two switches for each ring: started and enabled (rules 1 to 6)."""
+
+    def test_disabled_ring_is_left_alone_and_looked_at_when_enabled(self) -> None:
+        """A kick that came before is not lost."""
+        device = Echo()
+        with self.prepared(device) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            queue = frontend.start_queue(0, driver, enable=False)
+            rig.add(driver)
+            queue.kick()
+            self.assertFalse(is_readable(queue.call_fd, MOMENT))
+            self.assertEqual(device.processed, 0)
+            frontend.enable_queue(0)
+            self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
+
+    def test_ring_is_looked_at_on_enable_without_a_kick(self) -> None:
+        """rule 2"""
+        with self.prepared(Echo()) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            queue = frontend.start_queue(0, driver, enable=False)
+            rig.add(driver)
+            frontend.enable_queue(0)
+            self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
+
+    def test_ring_is_looked_at_on_start_without_a_kick(self) -> None:
+        """rule 2"""
+        with self.prepared(Echo()) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            rig.add(driver)
+            frontend.enable_queue(0)
+            queue = frontend.start_queue(0, driver, enable=False)
+            self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
+
+    def test_ring_is_looked_at_when_its_kick_is_replaced(self) -> None:
+        """A kick on the old eventfd may have been lost."""
+        with self.prepared(Echo()) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            queue = frontend.start_queue(0, driver)
+            self.echo(frontend, queue)
+            rig.add(driver)
+            frontend.request("SET_VRING_KICK", VringFd(0), [self.eventfd()])
+            self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
+
+    def test_disable_stops_serving_and_enable_resumes(self) -> None:
+        device = Echo()
+        with self.connected(device) as frontend:
+            [queue] = frontend.queues
+            for _ in range(3):
+                self.echo(frontend, queue)
+                frontend.enable_queue(0, False)
+                processed = device.processed
+                base = frontend.arena[0]
+                queue.submit([], [(base, 4)], "later")
+                queue.kick()
+                self.assertFalse(is_readable(queue.call_fd, MOMENT / 3))
+                self.assertEqual(device.processed, processed)
+                frontend.enable_queue(0)
+                self.assertEqual(queue.wait(PATIENCE), [("later", 0)])
+
+    def test_enabled_before_started(self) -> None:
+        with self.prepared(Echo()) as (frontend, rig):
+            rig.share()
+            frontend.enable_queue(0)
+            queue = frontend.start_queue(0, rig.driver(), enable=False)
+            self.echo(frontend, queue)
+
+    def test_ring_without_kick_eventfd_is_polled(self) -> None:
+        """rule 3: bit 8 is no error."""
+        with self.prepared(Echo()) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            queue = FrontendQueue(frontend, 0, driver)
+            frontend.queues.append(queue)
+            frontend.request("SET_VRING_NUM", VringStatePayload(0, rig.size))
+            frontend.request("SET_VRING_ADDR", rig.addresses(0, driver))
+            frontend.request("SET_VRING_CALL", VringFd(0), [queue.call_fd])
+            frontend.request("SET_VRING_KICK", VringFd(0 | VringFd.NO_FD))
+            frontend.enable_queue(0)
+            for _ in range(20):
+                rig.add(driver)
+                self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
+
+    def test_ring_without_call_eventfd(self) -> None:
+        """The driver polls; nobody is notified."""
+        with self.prepared(Echo()) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            queue = frontend.start_queue(0, driver)
+            frontend.request("SET_VRING_CALL", VringFd(0 | VringFd.NO_FD))
+            for _ in range(5):
+                rig.add(driver)
+                queue.kick()
+                wait_until(driver.used, "the request to come back")
+
+    def test_set_features_without_bit_30_enables_all_rings(self) -> None:
+        """rule 4"""
+        with self.serving(Echo()) as served, served.connect() as frontend:
+            frontend.request("SET_OWNER")
+            frontend.features = VERSION_1
+            frontend.request("SET_FEATURES", U64(VERSION_1))
+            rig = Rig(frontend, share=True)
+            for index in 0, 1:
+                queue = frontend.start_queue(index, rig.driver(index))
+                self.echo(frontend, queue)
+
+    def test_set_features_with_bit_30_leaves_the_rings_alone(self) -> None:
+        """rule 4: an enabled ring stays enabled, a disabled one disabled."""
+        with self.serving(Echo()) as served, served.peer(features=PROTOCOL) as peer:
+            peer.msg("SET_VRING_ENABLE", pair(1, 1))
+            peer.msg("SET_FEATURES", u64(PROTOCOL | VERSION_1))
+            self.assertEqual([vring.enabled for vring in served.daemon.vrings], [False, True])
+
+    def test_get_vring_base_waits_for_what_is_in_flight(self) -> None:
+        """rule 6: and nothing is taken any more."""
+        device = Later()
+        with self.connected(device, 2) as frontend:
+            queue, other = frontend.queues
+            base = frontend.arena[0]
+            for n in range(3):
+                queue.submit([], [(base + 64 * n, 4)], n)
+            device.holds(3)
+            frontend.connection.send(11, 0, pair(0, 0))
+            self.assertFalse(is_readable(frontend.connection.socket, MOMENT))
+            queue.submit([], [(base, 4)], "too late")
+            queue.kick()
+            for left in 2, 1, 0:
+                self.assertFalse(is_readable(frontend.connection.socket))
+                device.complete(0)
+                self.assertEqual(len(device.held), left)
+            with frontend.connection.receive(PATIENCE) as answer:
+                self.assertEqual(answer.payload, pair(0, 3))
+            self.assertEqual([token for token, _ in queue.driver.used()], [0, 1, 2])
+            self.assertEqual(device.told("stopped"), [(0,)])
+            other.submit([], [(base, 4)], "lives")
+            device.holds(1)
+            device.complete()
+            self.assertEqual(other.wait(PATIENCE), [("lives", 0)])
+
+    def test_ring_resumes_where_it_stopped(self) -> None:
+        """rules 6 and 7: GET_VRING_BASE says where, and resets nothing; the used index is read from memory."""
+        for packed in False, True:
+            with self.subTest(packed=packed), self.connected(Echo(), packed=packed, size=8) as frontend:
+                [queue] = frontend.queues
+                driver = queue.driver
+                for _ in range(5):
+                    for _ in range(3):
+                        self.echo(frontend, queue)
+                    base = frontend.stop_queue(queue)
+                    queue = frontend.start_queue(0, driver, base, enable=False)
+
+    def test_ring_starts_again_with_a_kick_alone(self) -> None:
+        """Size, base, addresses and both eventfds' switches are as they were."""
+        with self.connected(Echo()) as frontend:
+            [queue] = frontend.queues
+            for _ in range(3):
+                self.echo(frontend, queue)
+                frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
+                frontend.request("SET_VRING_CALL", VringFd(0), [queue.call_fd])
+                frontend.request("SET_VRING_KICK", VringFd(0), [queue.kick_fd])
+
+    def test_base_of_a_new_ring_may_be_anything(self) -> None:
+        """A driver that goes on after its back-end was exchanged."""
+        with self.prepared(Echo()) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            for area in (driver._avail, driver._used16):
+                area[1] = 65534
+            driver._index = driver._seen = 65534
+            queue = frontend.start_queue(0, driver, base=65534)
+            for _ in range(5):
+                self.echo(frontend, queue)
+            self.assertEqual(frontend.stop_queue(queue), 3)
+
+    def test_single_queue_is_reset_while_the_other_runs(self) -> None:
+        """VIRTIO_F_RING_RESET: disable, stop, a clean ring from 0 at another place."""
+        for packed in False, True:
+            with (
+                self.subTest(packed=packed),
+                self.connected(Echo(), 2, packed=packed, indirect=False, features=-1 & ~PACKED | packed * PACKED) as frontend,
+            ):
+                queue, other = frontend.queues
+                for _ in range(3):
+                    self.echo(frontend, queue)
+                    self.echo(frontend, other)
+                    frontend.enable_queue(0, False)
+                    driver = queue.driver
+                    frontend.stop_queue(queue)
+                    base, size = frontend.arena
+                    length, _ = driver.layout(32)
+                    frontend.memory.write(base, bytes(length))
+                    frontend.arena = (base + 0x1000, size - 0x1000)
+                    areas = tuple(base + offset for offset in driver.layout(32)[1])
+                    fresh = type(driver)(frontend.memory, 32, areas, frontend.features)  # type: ignore[arg-type]
+                    queue = frontend.start_queue(0, fresh, 0x80008000 if packed else 0)
+                    self.echo(frontend, other)
+                self.echo(frontend, queue)
+
+    def test_driver_that_starts_over_after_a_guests_reboot(self) -> None:
+        """rule 8: all of it comes again, base 0 included, and the used index is 0 in memory."""
+        with self.prepared(Echo()) as (frontend, rig):
+            rig.share()
+            for _ in range(3):
+                queue = frontend.start_queue(0, rig.driver())
+                for _ in range(3):
+                    self.echo(frontend, queue)
+                self.assertEqual(frontend.stop_queue(queue), 3)
+
+    def test_reset_while_requests_are_in_flight(self) -> None:
+        device = Later()
+        with self.connected(device) as frontend:
+            [queue] = frontend.queues
+            queue.submit([], [(frontend.arena[0], 4)], 1)
+            device.holds(1)
+            frontend.connection.send(34, 8)
+            self.assertFalse(is_readable(frontend.connection.socket, MOMENT))
+            device.complete()
+            with frontend.connection.receive(PATIENCE) as answer:
+                self.assertEqual(answer.payload, u64(0))
+
+
+class MemoryChangeTests(DaemonTest):
+    """Guest memory that comes late, changes and goes."""
+
+    def test_addresses_may_come_before_the_memory(self) -> None:
+        """rule 8"""
+        for protocol_features in -1, ~PF.CONFIGURE_MEM_SLOTS:
+            with self.subTest(protocol_features), self.prepared(Echo(), protocol_features=protocol_features) as (frontend, rig):
+                driver = rig.driver()
+                queue = frontend.start_queue(0, driver)
+                rig.add(driver)
+                queue.kick()
+                self.assertFalse(is_readable(queue.call_fd, MOMENT))
+                rig.share()
+                self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
+                self.echo(frontend, queue)
+
+    def test_memory_table_comes_again_while_the_ring_runs(self) -> None:
+        """As QEMU does when a DIMM is plugged."""
+        with self.prepared(Echo(), protocol_features=~PF.CONFIGURE_MEM_SLOTS) as (frontend, rig):
+            rig.share()
+            queue = frontend.start_queue(0, rig.driver())
+            more = GuestMemoryMmap.from_ranges([(RAM + (1 << 20), 1 << 16)])
+            mappings = mapping_count()
+            for _ in range(10):
+                self.echo(frontend, queue)
+                frontend.share_memory(GuestMemoryMmap(rig.memory.regions + more.regions))
+                self.echo(frontend, queue)
+                rig.share()
+            self.assertEqual(mapping_count(), mappings)
+
+    def test_memory_that_moves_in_the_front_end(self) -> None:
+        """rule 8: user addresses are those of the current table, whatever they were."""
+        with self.prepared(Echo()) as (frontend, rig):
+            rig.share()
+            queue = frontend.start_queue(0, rig.driver())
+            self.echo(frontend, queue)
+            [region] = rig.memory.regions
+            frontend.request("REM_MEM_REG", MemReg(region.guest_addr, region.size, region.user_addr, 0))
+            frontend.request("ADD_MEM_REG", MemReg(region.guest_addr, region.size, 0x12340000, 0), [region.fileno()])
+            desc, avail, used = (0x12340000 + area - RAM for area in queue.driver.areas)
+            frontend.request("SET_VRING_ADDR", VringAddr(0, 0, desc, used, avail, 0))
+            self.echo(frontend, queue, kick=True)
+
+    def test_regions_are_added_and_removed_under_load(self) -> None:
+        with self.connected(Echo(), indirect=False) as frontend:
+            [queue] = frontend.queues
+            extra = GuestRegionMmap.allocate(RAM + (1 << 30), 1 << 16)
+            payload = MemReg(extra.guest_addr, extra.size, extra.user_addr, 0)
+            for _ in range(50):
+                base = frontend.arena[0]
+                for n in range(10):
+                    queue.submit([(base, 64)], [(base + 0x1000, 64)], n)
+                frontend.add_region(extra)
+                queue.submit([(extra.guest_addr, 64)], [], "there")
+                frontend.request("REM_MEM_REG", payload)
+                done: list[object] = []
+                while len(done) < 11:
+                    done += [token for token, _ in queue.wait(PATIENCE)]
+
+    def test_region_that_goes_while_a_request_uses_it(self) -> None:
+        """The views in the device's hand stay good; the mapping goes with them."""
+        device = Later()
+        with self.connected(device, indirect=False) as frontend:
+            [queue] = frontend.queues
+            extra = GuestRegionMmap.allocate(RAM + (1 << 30), 1 << 16)
+            mappings = mapping_count()
+            frontend.add_region(extra)
+            extra.view[:4] = b"ping"
+            queue.submit([(extra.guest_addr, 4)], [(extra.guest_addr + 64, 4)], "there")
+            device.holds(1)
+            frontend.request("REM_MEM_REG", MemReg(extra.guest_addr, extra.size, extra.user_addr, 0))
+            self.assertEqual(mapping_count(), mappings + 1)
+            device.complete()
+            self.assertEqual((queue.wait(PATIENCE), bytes(extra.view[64:68])), ([("there", 4)], b"gnip"))
+            self.assertEqual(mapping_count(), mappings)
+            queue.submit([(extra.guest_addr, 4)], [], "gone")
+            self.assertEqual(queue.wait(PATIENCE), [("gone", 0)])
+            self.expect_log("refused: .*leave RAM")
+
+    def test_rings_memory_goes_and_comes_back(self) -> None:
+        """No crash, no traffic meanwhile; then the ring goes on where it was, kick or no kick."""
+        with self.prepared(Echo()) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            queue = frontend.start_queue(0, driver)
+            [region] = rig.memory.regions
+            for _ in range(3):
+                self.echo(frontend, queue)
+                frontend.request("REM_MEM_REG", MemReg(region.guest_addr, region.size, region.user_addr, 0))
+                rig.add(driver)
+                queue.kick()
+                self.assertFalse(is_readable(queue.call_fd, MOMENT / 3))
+                frontend.add_region(region)
+                self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
+
+    def test_no_memory_while_a_request_is_in_flight(self) -> None:
+        """Its completion writes nothing, or where the ring was; the ring can be stopped."""
+        device = Later()
+        with self.prepared(device) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            queue = frontend.start_queue(0, driver)
+            rig.add(driver)
+            queue.kick()
+            device.holds(1)
+            frontend.share_memory(GuestMemoryMmap())
+            device.complete()
+            frontend.stop_queue(queue)
+
+    def test_buffers_across_regions_and_at_odd_offsets(self) -> None:
+        """rule 10: an offset that is no multiple of a page."""
+        fd = self.memfd(64 * PAGE)
+        with self.connected(Echo(), indirect=False) as frontend:
+            [queue] = frontend.queues
+            base, offset = RAM + (1 << 30), 3 * PAGE + 100
+            for n in 0, 1:
+                frontend.request("ADD_MEM_REG", MemReg(base + n * PAGE, PAGE, 0x100000 + n * PAGE, offset + n * 8 * PAGE), [fd])
+            os.pwrite(fd, b"pi", offset + PAGE - 2)
+            os.pwrite(fd, b"ng", offset + 8 * PAGE)
+            queue.submit([(base + PAGE - 2, 4)], [(base, 4)])
+            self.assertEqual(queue.wait(PATIENCE), [(None, 4)])
+            self.assertEqual(os.pread(fd, 4, offset), b"gnip")
+
+    def test_hugetlb_memory(self) -> None:
+        with _huge_pages(self, 2) as huge:
+            fd = os.memfd_create("huge", os.MFD_HUGETLB)
+            self.addCleanup(os.close, fd)
+            os.ftruncate(fd, 2 * huge)
+            mapped = GuestRegionMmap(fd, RAM, 2 * huge, 0x10000000)
+            with self.serving(Echo()) as served, served.connect() as frontend:
+                frontend.negotiate(-1 & ~PACKED & ~IN_ORDER)
+                frontend.request("ADD_MEM_REG", MemReg(RAM, 2 * huge, 0x10000000, 0), [fd])
+                frontend.memory = GuestMemoryMmap([mapped])
+                _, (desc, avail, used) = SplitDriverQueue.layout(16)
+                queue = frontend.start_queue(0, SplitDriverQueue(frontend.memory, 16, (RAM + desc, RAM + avail, RAM + used), frontend.features))
+                frontend.arena = (RAM + huge - 64, 128)
+                self.echo(frontend, queue)
+            del mapped, queue, frontend
+
+    def test_509_regions_serve_requests(self) -> None:
+        with self.serving(Echo()) as served, served.connect() as frontend:
+            frontend.setup(memory=1 << 20, size=16)
+            fd = self.memfd(PAGE)
+            for n in range(MAX_REGIONS - 1):
+                frontend.request("ADD_MEM_REG", MemReg(RAM + (1 << 32) + n * PAGE, PAGE, 0x100000 + n * PAGE, 0), [fd])
+            with self.assertRaises(Refused):
+                frontend.request("ADD_MEM_REG", MemReg(0, PAGE, 0, 0), [fd])
+            [queue] = frontend.queues
+            self.echo(frontend, queue)
+            os.pwrite(fd, b"ping", 0)
+            for n in 0, 17, MAX_REGIONS - 2:
+                queue.submit([(RAM + (1 << 32) + n * PAGE, 4)], [(frontend.arena[0], 4)])
+                self.assertEqual(queue.wait(PATIENCE), [(None, 4)])
+
+
+class EventfdTests(DaemonTest):
+    """The peer's descriptors: they stay as they are, and nobody hangs on them."""
+
+    def start(self, frontend: Frontend, rig: Rig, kick: int, call: int) -> SplitDriverQueue:
+        """A ring with these descriptors, which stay the test's."""
+        rig.share()
+        driver = rig.driver()
+        frontend.request("SET_VRING_NUM", VringStatePayload(0, rig.size))
+        frontend.request("SET_VRING_ADDR", rig.addresses(0, driver))
+        frontend.request("SET_VRING_CALL", VringFd(0), [call])
+        frontend.request("SET_VRING_KICK", VringFd(0), [kick])
+        frontend.enable_queue(0)
+        return driver
+
+    def served(self, rig: Rig, driver: SplitDriverQueue, kick: int) -> None:
+        """A request comes back, kicked."""
+        rig.add(driver)
+        os.write(kick, struct.pack("=Q", 1))
+        wait_until(driver.used, "the request to come back")
+
+    def test_modes_of_the_peers_descriptors_stay(self) -> None:
+        """O_NONBLOCK belongs to the open file, which is the peer's too."""
+        for flags in 0, os.EFD_NONBLOCK:
+            kick, call = self.eventfd(0, flags), self.eventfd(0, flags)
+            before = [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (kick, call)]
+            with self.prepared(Echo()) as (frontend, rig):
+                driver = self.start(frontend, rig, kick, call)
+                for _ in range(3):
+                    self.served(rig, driver, kick)
+                self.assertEqual([fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (kick, call)], before)
+                frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
+            self.assertEqual([fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (kick, call)], before)
+
+    def test_blocking_kick_that_the_peer_drains_itself(self) -> None:
+        """A read of it would block the worker for ever."""
+        kick, call = self.eventfd(0, 0), self.eventfd()
+        with self.prepared(Echo()) as (frontend, rig):
+            driver = self.start(frontend, rig, kick, call)
+            for _ in range(200):
+                os.eventfd_write(kick, 1)
+                os.eventfd_write(kick, 1)
+                self.assertEqual(os.eventfd_read(kick), 2, "nobody else reads it")
+            self.served(rig, driver, kick)
+
+    def test_pipe_as_call_descriptor(self) -> None:
+        """User-mode Linux gives one."""
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        kick = self.eventfd()
+        with self.prepared(Echo()) as (frontend, rig):
+            driver = self.start(frontend, rig, kick, writer)
+            self.served(rig, driver, kick)
+            self.assertTrue(is_readable(reader, PATIENCE))
+
+    def test_full_pipe_as_call_descriptor_hangs_nobody(self) -> None:
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+        kick = self.eventfd()
+        with self.prepared(Echo()) as (frontend, rig):
+            driver = self.start(frontend, rig, kick, writer)
+            for _ in range(5):
+                self.served(rig, driver, kick)
+            frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
+
+    def test_call_descriptor_whose_reader_is_gone(self) -> None:
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, writer)
+        kick = self.eventfd()
+        with self.prepared(Echo()) as (frontend, rig):
+            driver = self.start(frontend, rig, kick, writer)
+            os.close(reader)
+            for _ in range(3):
+                self.served(rig, driver, kick)
+
+    def test_call_eventfd_filled_to_the_brim_hangs_nobody(self) -> None:
+        for flags in 0, os.EFD_NONBLOCK:
+            with self.subTest(flags=flags):
+                kick, call = self.eventfd(), self.eventfd(BRIM, flags)
+                with self.prepared(Echo()) as (frontend, rig):
+                    driver = self.start(frontend, rig, kick, call)
+                    for _ in range(3):
+                        self.served(rig, driver, kick)
+                    frontend.request("SET_VRING_CALL", VringFd(0), [call])
+                    frontend.enable_queue(0, False)
+                    frontend.enable_queue(0)
+                    rig.add(driver)
+                    os.eventfd_write(kick, 1)
+                # and the daemon shuts down, with a front-end connected
+                self.assertTrue(is_readable(call))
+
+    def test_peer_that_fills_the_call_eventfd_all_the_time(self) -> None:
+        """Between the look and the write, too: the ring can be stopped all the same."""
+        kick, call = self.eventfd(), self.eventfd(0, 0)
+        mine = os.dup(call)
+        self.addCleanup(os.close, mine)
+        with self.prepared(Echo()) as (frontend, rig):
+            driver = self.start(frontend, rig, kick, call)
+            done = threading.Event()
+
+            def fill() -> None:
+                poll = select.poll()
+                poll.register(mine, select.POLLIN | select.POLLOUT)
+                while not done.is_set():
+                    if is_readable(mine):
+                        os.eventfd_read(mine)
+                    os.eventfd_write(mine, BRIM) if not is_readable(mine) else None
+
+            filler = self.in_thread(fill)
+            for _ in range(100):
+                rig.add(driver)
+                os.eventfd_write(kick, 1)
+                wait_until(lambda: bool(driver.used()) or done.is_set(), "the request to come back")
+            done.set()
+            with contextlib.suppress(OSError):
+                os.preadv(mine, [bytearray(8)], -1, os.RWF_NOWAIT)
+            filler.join(PATIENCE)
+
+    def test_descriptors_that_cannot_be_polled_or_written(self) -> None:
+        """Refused, or without effect; the daemon lives."""
+        file = os.open(os.path.join(self.folder(), "file"), os.O_RDWR | os.O_CREAT)
+        self.addCleanup(os.close, file)
+        kick = self.eventfd()
+        with self.prepared(Echo()) as (frontend, rig):
+            with self.assertRaises(Refused):
+                frontend.request("SET_VRING_KICK", VringFd(0), [file])
+            driver = self.start(frontend, rig, kick, file)
+            for _ in range(3):
+                self.served(rig, driver, kick)
+            frontend.request("SET_VRING_ERR", VringFd(0), [file])
+
+    def test_kick_that_was_refused_leaves_no_trace(self) -> None:
+        """Its number, used again by a listener of the device's own, is the listener's."""
+        file = self.memfd(PAGE)
+        device = Listening()
+        with self.serving(device) as served, served.peer() as peer:
+            [worker] = served.daemon.get_epoll_handlers()
+            for _ in range(3):
+                peer.msg("SET_VRING_KICK", u64(1), [file], expect=REFUSED)
+            fds = [self.eventfd() for _ in range(3)]  # one of them has the number that the kick had here
+            for fd in fds:
+                worker.register_listener(fd, select.EPOLLIN | select.EPOLLET, 100 + fd)
+                os.eventfd_write(fd, 1)
+            wait_until(lambda: len(device.heard) == 3, "the listeners to be called")
+            for fd in fds:
+                worker.unregister_listener(fd)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Devices and workers
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Listening(Echo):
+    """Has listeners of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[tuple[int, int, int]] = []
+        self.fails = False
+
+    def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+        if device_event < len(vrings):
+            return super().handle_event(device_event, evset, vrings, thread_id)
+        self.heard.append((device_event, evset, thread_id))
+        if self.fails:
+            raise RuntimeError("as asked")
+        return None
+
+
+class DeviceTests(DaemonTest):
+    """What goes wrong in device code, and in which threads it runs."""
+
+    def test_exception_breaks_the_ring_and_nothing_else(self) -> None:
+        """Logged, err eventfd signalled; the other ring, the worker thread and the daemon live; the ring can be stopped and started."""
+        with self.connected(Failing(), 2) as frontend:
+            queue, other = frontend.queues
+            self.echo(frontend, queue)
+            base = frontend.arena[0]
+            frontend.memory.write(base, b"fail")
+            queue.submit([(base, 4)], [])
+            with self.raises(VringError, "says it is broken"):
+                queue.wait(PATIENCE)
+            self.expect_log("ring 0: the device failed .*RuntimeError: as asked")
+            self.expect_log("ring 0 is broken until it is started again", times=1)
+            self.echo(frontend, other)
+            frontend.stop_queue(queue)
+            self.echo(frontend, other)
+
+    def test_broken_ring_is_stopped_and_started_again(self) -> None:
+        with self.prepared(Failing()) as (frontend, rig):
+            rig.share()
+            for _ in range(3):
+                driver = rig.driver()
+                queue = frontend.start_queue(0, driver)
+                self.echo(frontend, queue)
+                rig.add(driver, b"fail")
+                queue.kick()
+                with self.assertRaises(VringError):
+                    queue.wait(PATIENCE)
+                frontend.stop_queue(queue)
+            self.expect_log("the device failed")
+
+    def test_device_without_process_queue(self) -> None:
+        with self.connected(VhostUserBackendMut(), queues=1) as frontend:
+            [queue] = frontend.queues
+            queue.submit([], [(frontend.arena[0], 4)])
+            with self.assertRaises(VringError):
+                queue.wait(PATIENCE)
+            self.expect_log("VhostUserBackendMut has no process_queue")
+
+    def test_exception_in_a_hook_of_the_connections_end(self) -> None:
+        class Bad(Echo):
+            def disconnected(self) -> None:
+                raise RuntimeError("cannot")
+
+            def ring_stopped(self, index: int) -> None:
+                raise RuntimeError("cannot")
+
+        with self.serving(Bad()) as served:
+            for _ in range(3):
+                with served.connect() as frontend:
+                    frontend.setup(memory=1 << 20, size=16)
+                    self.echo(frontend, frontend.queues[0])
+            self.expect_log("disconnected of the device failed")
+            self.expect_log("ring_stopped of the device failed")
+
+    def test_exception_when_a_front_end_connects_ends_the_connection(self) -> None:
+        class Bad(Echo):
+            def connected(self) -> None:
+                super().connected()
+                if len(self.told("connected")) == 1:
+                    raise RuntimeError("cannot")
+
+        with self.serving(Bad()) as served:
+            with served.peer(protocol_features=0) as peer:
+                peer.is_closed()
+            self.expect_log("connected of the device failed")
+            with served.peer() as peer:
+                peer.lives()
+
+    def test_hooks_are_called_in_order(self) -> None:
+        device = Echo()
+        with self.connected(device) as frontend:
+            self.echo(frontend, frontend.queues[0])
+        wait_until(lambda: device.events[-1] == ("disconnected",), "the end")
+        kinds = [event[0] for event in device.events]
+        self.assertEqual(kinds[0], "connected")
+        self.assertLess(kinds.index("features"), kinds.index("memory"))
+        self.assertEqual(kinds[kinds.index("started") :], ["started", "stopped", "memory", "disconnected"])
+        self.assertEqual(device.told("memory")[-1], (0,), "memory is gone with the front-end")
+
+    def two_workers(self, base: type[VhostUserBackend]) -> tuple[int, int]:
+        """Two rings, a worker each, both with something to do. Returns how many calls there were at a time, at most, and threads."""
+
+        class Two(base):  # type: ignore[misc,valid-type]
+            num_queues = 2
+            max_queue_size = 256
+
+            def __init__(self) -> None:
+                self.inside = self.most = 0
+                self.lock = threading.Lock()
+                self.threads: set[int] = set()
+                self.both = threading.Event()
+
+            def queues_per_thread(self) -> Sequence[int]:
+                return [1, 2]
+
+            def process_queue(self, vring: VringT) -> None:
+                with self.lock:
+                    self.inside += 1
+                    self.most = max(self.most, self.inside)
+                    self.threads.add(threading.get_ident())
+                    if self.inside == 2:
+                        self.both.set()
+                self.both.wait(MOMENT)
+                for chain in vring:
+                    vring.add_used(chain, chain.write(chain.read()[::-1]))
+                with self.lock:
+                    self.inside -= 1
+
+        device = Two()
+        with self.connected(device, 2) as frontend:
+            for _ in range(3):
+                for queue in frontend.queues:
+                    queue.submit([], [(frontend.arena[0], 4)])
+                for queue in frontend.queues:
+                    queue.wait(PATIENCE)
+        return device.most, len(device.threads)
+
+    def test_calls_of_a_mut_back_end_are_serialised(self) -> None:
+        self.assertEqual(self.two_workers(VhostUserBackendMut), (1, 2))
+
+    def test_calls_of_the_other_back_end_are_concurrent(self) -> None:
+        self.assertEqual(self.two_workers(VhostUserBackend), (2, 2))
+
+    def test_rings_go_to_the_workers_of_their_masks(self) -> None:
+        class Masks(Echo):
+            num_queues = 4
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.seen: dict[tuple[int, int, int], int] = {}
+
+            def queues_per_thread(self) -> Sequence[int]:
+                return [0b1010, 0b0101]
+
+            def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+                ring = vrings[device_event]
+                assert isinstance(ring, VringState)
+                self.seen[ring.index, thread_id, device_event] = len(vrings)
+                return super().handle_event(device_event, evset, vrings, thread_id)
+
+        device = Masks()
+        with self.connected(device, 4) as frontend:
+            for queue in frontend.queues:
+                self.echo(frontend, queue)
+        self.assertEqual(device.seen, {(0, 1, 0): 2, (1, 0, 0): 2, (2, 1, 1): 2, (3, 0, 1): 2})
+
+    def test_devices_that_cannot_be(self) -> None:
+        for masks in [], [1], [3, 1], [3, 2], [1, 3]:
+            device = Echo()
+            device.queues_per_thread = lambda masks=masks: masks  # type: ignore[method-assign,misc]
+            with self.subTest(masks=masks), self.raises(ValueError, "queues_per_thread"):
+                VhostUserDaemon("test", device)
+        for count in 0, 257:
+            device = Echo()
+            device.num_queues = count
+            with self.raises(ValueError, f"{count} queues"):
+                VhostUserDaemon("test", device)
+        with self.raises(ValueError, "has no lock"):
+            VhostUserDaemon("test", Echo(), vring=VringState)
+
+    def test_256_queues(self) -> None:
+        class Many(Echo):
+            num_queues = 256
+
+        with self.connected(Many(), 256, size=4, indirect=False) as frontend:
+            for index in 0, 127, 255:
+                self.echo(frontend, frontend.queues[index])
+
+    def test_declining_device_is_not_spun_on(self) -> None:
+        class Declines(Echo):
+            def process_queue(self, vring: VringT) -> None:
+                self.processed += 1
+
+        device = Declines()
+        with self.connected(device) as frontend:
+            [queue] = frontend.queues
+            queue.submit([], [(frontend.arena[0], 4)])
+            queue.kick()
+            wait_until(lambda: device.processed, "the device to be asked")
+            self.assertFalse(is_readable(queue.call_fd, MOMENT))
+            self.assertLess(device.processed, 10)
+
+    def test_device_asks_to_be_called_again(self) -> None:
+        """A true answer of handle_event."""
+
+        class Steps(Echo):
+            def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+                for chain in vrings[device_event]:
+                    vrings[device_event].add_used(chain, 0)
+                    return True
+                return False
+
+        device = Steps()
+        with self.connected(device, indirect=False) as frontend:
+            [queue] = frontend.queues
+            for n in range(5):
+                queue.driver.add([], [(frontend.arena[0], 4)], n)
+            queue.publish()
+            queue.kick()
+            found: list[object] = []
+            while len(found) < 5:
+                found += queue.wait(PATIENCE)
+
+    def test_listener_of_the_devices_own(self) -> None:
+        device = Listening()
+        fd = self.eventfd()
+        with self.serving(device) as served:
+            [worker] = served.daemon.get_epoll_handlers()
+            with self.raises(ValueError, "the number of a ring"):
+                worker.register_listener(fd, select.EPOLLIN, 1)
+            worker.register_listener(fd, select.EPOLLIN | select.EPOLLET, 2)
+            with self.assertRaises(OSError):
+                worker.register_listener(fd, select.EPOLLIN, 3)
+            os.eventfd_write(fd, 1)
+            wait_until(lambda: device.heard == [(2, select.EPOLLIN, 0)], "the listener to be called")
+            worker.unregister_listener(fd)
+            with self.raises(ValueError, "no registered listener"):
+                worker.unregister_listener(fd)
+            os.eventfd_write(fd, 1)
+            with served.connect() as frontend:
+                frontend.setup(memory=1 << 20, size=16)
+                self.echo(frontend, frontend.queues[0])
+            self.assertEqual(len(device.heard), 1)
+
+    def test_listener_that_raises_is_removed(self) -> None:
+        """It would be called for ever; the worker lives."""
+        device = Listening()
+        device.fails = True
+        fd = self.eventfd(1)
+        with self.serving(device) as served:
+            [worker] = served.daemon.get_epoll_handlers()
+            worker.register_listener(fd, select.EPOLLIN, 7)
+            self.expect_log("listener 7 .* removed")
+            with self.raises(ValueError, "no registered listener"):
+                worker.unregister_listener(fd)
+            with served.connect() as frontend:
+                frontend.setup(memory=1 << 20, size=16)
+                self.echo(frontend, frontend.queues[0])
+            self.assertEqual(len(device.heard), 1)
+
+    def test_device_that_uses_a_ring_from_its_listener(self) -> None:
+        """As a network device does when a packet arrives."""
+
+        class Receives(Listening):
+            def process_queue(self, vring: VringT) -> None:
+                pass  # buffers wait for packets
+
+            def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+                if device_event == 5:
+                    for chain in vrings[0]:
+                        vrings[0].add_used(chain, chain.write(b"packet"))
+                        break
+                    return None
+                return super().handle_event(device_event, evset, vrings, thread_id)
+
+        device, fd = Receives(), self.eventfd()
+        with self.serving(device) as served, served.connect() as frontend:
+            frontend.setup(2, memory=1 << 20, size=16)
+            served.daemon.get_epoll_handlers()[0].register_listener(fd, select.EPOLLIN | select.EPOLLET, 5)
+            queue = frontend.queues[0]
+            base = frontend.arena[0]
+            for n in range(8):
+                queue.submit([], [(base + 64 * n, 64)], n)
+            for n in range(8):
+                os.eventfd_write(fd, 1)
+                self.assertEqual(queue.wait(PATIENCE), [(n, 6)])
+
+    def test_send_exit_event_ends_the_worker(self) -> None:
+        with self.serving(Echo()) as served:
+            [worker] = served.daemon.get_epoll_handlers()
+            worker.send_exit_event()
+            wait_until(lambda: not self.worker_lives(), "the worker to end")
+            with served.peer() as peer:
+                peer.lives()
+
+    def test_exit_event_of_the_device_ends_the_worker(self) -> None:
+        class Exits(Echo):
+            fd = self.eventfd()
+
+            def exit_event(self, thread_id: int) -> int | None:
+                return self.fd
+
+        with self.serving(Exits()):
+            self.assertTrue(self.worker_lives())
+            os.eventfd_write(Exits.fd, 1)
+            wait_until(lambda: not self.worker_lives(), "the worker to end")
+
+    def worker_lives(self) -> bool:
+        """Whether there is a worker thread."""
+        return any(thread.name == "test-worker-0" for thread in threading.enumerate())
+
+
+class ChannelTests(DaemonTest):
+    """The back-end's own requests."""
+
+    def test_config_change_reaches_the_front_end(self) -> None:
+        device = Echo()
+        with self.connected(device) as frontend:
+            device.config[:4] = b"grow"
+            self.assertTrue(device.config_changed())
+            self.assertEqual(frontend.next_backend_request(PATIENCE).name, "CONFIG_CHANGE_MSG")
+            self.assertEqual(frontend.get_config(0, 4), b"grow")
+        wait_until(lambda: device.told("disconnected"), "the front-end to be gone")
+        self.assertFalse(device.config_changed(), "nobody is there to be told")
+
+    def test_config_change_is_not_sent_where_it_was_not_negotiated(self) -> None:
+        for without in PF.CONFIG, PF.BACKEND_REQ:
+            device = Echo()
+            with self.connected(device, protocol_features=~without) as frontend:
+                self.assertFalse(device.config_changed())
+                if frontend.channel:
+                    self.assertFalse(is_readable(frontend.channel.socket))
+
+    def test_channel_goes_to_the_device(self) -> None:
+        class Wants(Echo):
+            def __init__(self) -> None:
+                super().__init__()
+                self.given: list[BackendChannel] = []
+
+            def set_backend_req_fd(self, backend: BackendChannel) -> None:
+                self.given.append(backend)
+
+        device = Wants()
+        with self.connected(device) as frontend:
+            [channel] = device.given
+            self.assertTrue(channel.config_change())
+            self.assertEqual(frontend.next_backend_request(PATIENCE).number, 2)
+            self.assertFalse(device.config_changed(), "the device keeps its channel itself")
+
+    def test_front_end_that_has_closed_its_end(self) -> None:
+        device = Echo()
+        with self.connected(device) as frontend:
+            assert frontend.channel
+            frontend.channel.close()
+            frontend.channel = None
+            self.assertFalse(device.config_changed())
+            self.echo(frontend, frontend.queues[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The daemon's life
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class LifeTests(DaemonTest):
+    """Listening, connecting, serving one after another, shutting down."""
+
+    def test_front_ends_are_served_one_after_another(self) -> None:
+        device = Echo()
+        with self.serving(device) as served:
+            for _ in range(5):
+                with served.connect() as frontend:
+                    frontend.setup(2, memory=1 << 20, size=16)
+                    for queue in frontend.queues:
+                        self.echo(frontend, queue)
+            wait_until(lambda: len(device.told("disconnected")) == 5, "the last to be gone")
+
+    def test_nothing_of_a_session_is_left_for_the_next(self) -> None:
+        with self.serving(Echo()) as served:
+            with served.connect() as frontend:
+                frontend.setup(2, memory=1 << 20, size=16)
+                frontend.request("SET_STATUS", U64(15))
+            with served.peer(protocol_features=0) as peer:
+                peer.msg("GET_QUEUE_NUM", expect=CLOSED)
+            self.expect_log("GET_QUEUE_NUM without MQ")
+            with served.peer() as peer:
+                peer.msg("GET_STATUS", expect=u64(0))
+                peer.msg("GET_VRING_BASE", pair(0, 0), expect=pair(0, 0))
+                self.assertEqual(served.daemon.memory.memory().regions, ())
+                for vring in served.daemon.vrings:
+                    self.assertFalse(vring.started or vring.enabled or vring.queue)
+
+    def test_second_front_end_waits_for_the_first(self) -> None:
+        with self.serving(Echo()) as served, served.connect() as second:
+            first = served.connect()
+            first, second = second, first
+            with first, second:
+                first.setup(memory=1 << 20, size=16)
+                second.connection.send(1, 0)
+                self.assertFalse(is_readable(second.connection.socket, MOMENT))
+                first.close()
+                with second.connection.receive(PATIENCE) as answer:
+                    self.assertEqual(answer.request, 1)
+
+    def test_front_end_that_is_killed_while_requests_are_in_flight(self) -> None:
+        """It waits for nothing; what completes later is dropped."""
+        device = Later()
+        with self.serving(device) as served:
+            with served.connect() as frontend:
+                frontend.setup(memory=1 << 20, size=16)
+                frontend.queues[0].submit([], [(frontend.arena[0], 4)])
+                device.holds(1)
+            wait_until(lambda: device.told("disconnected"), "the session to end")
+            with served.connect() as frontend:
+                frontend.setup(memory=1 << 20, size=16)
+                device.complete()
+                frontend.queues[0].submit([], [(frontend.arena[0], 4)], "new")
+                device.holds(1)
+                device.complete()
+                self.assertEqual(frontend.queues[0].wait(PATIENCE), [("new", 0)])
+
+    def test_1000_connections_in_a_row(self) -> None:
+        """Nothing is left over: counted at the end of each test."""
+        device = Echo()
+        with self.serving(device) as served:
+            before, mappings = open_fds().keys(), mapping_count()
+            for n in range(1000):
+                with served.peer(protocol_features=0) as peer:
+                    peer.lives()
+                    if n % 10 == 0:
+                        self.whole_session(served, peer)
+            wait_until(lambda: len(device.told("disconnected")) == 1000, "the last to be gone")
+            self.assertEqual((open_fds().keys(), mapping_count()), (before, mappings))
+
+    def whole_session(self, served: Served, peer: Peer) -> None:
+        """Some of everything that a session may own."""
+        fd, event = os.memfd_create("test"), os.eventfd(0)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            try:
+                os.ftruncate(fd, PAGE)
+                peer.msg("SET_PROTOCOL_FEATURES", EXAMPLES["SET_PROTOCOL_FEATURES"], flags=1, expect=SILENT)
+                peer.msg("ADD_MEM_REG", MemReg(RAM, PAGE, 0x100000, 0).pack(), [fd])
+                peer.msg("SET_BACKEND_REQ_FD", fds=[theirs.fileno()])
+                for name in "SET_VRING_ERR", "SET_VRING_CALL", "SET_VRING_KICK":
+                    peer.msg(name, u64(1), [event])
+            finally:
+                os.close(fd)
+                os.close(event)
+
+    def test_1000_connections_that_break_off_within_a_message(self) -> None:
+        event = self.eventfd()
+        message = struct.pack("=III", 12, 1, 8) + u64(0)
+        with self.serving(Echo()) as served:
+            before = open_fds().keys()
+            for n in range(1000):
+                with Peer(served.path, protocol_features=0) as peer:
+                    peer.raw(message[: n % 19 + 1], [event])
+            with served.peer() as peer:
+                peer.lives()
+            wait_until(lambda: open_fds().keys() == before, "the last to be gone")
+
+    def test_socket_is_removed_at_the_end_and_a_stale_one_replaced(self) -> None:
+        path = f"{self.folder()}/sock"
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(path)
+        for _ in range(2):
+            served = Served(Echo(), path)
+            with served.peer() as peer:
+                peer.lives()
+            served.daemon.shutdown()
+            served.wait()
+            self.assertFalse(os.path.exists(path))
+
+    def test_what_is_no_socket_is_not_removed(self) -> None:
+        path = f"{self.folder()}/precious"
+        with open(path, "w") as file:
+            file.write("data")
+        daemon = VhostUserDaemon("test", Echo())
+        with self.raises(OSError, f"cannot listen at {path}"):
+            daemon.start(path)
+        with open(path) as file:
+            self.assertEqual(file.read(), "data")
+
+    def test_socket_of_another_daemon_at_the_same_path_is_not_removed(self) -> None:
+        path = f"{self.folder()}/sock"
+        first, second = Served(Echo(), path), Served(Echo(), path)
+        first.daemon.shutdown()
+        first.wait()
+        with second.peer() as peer:
+            peer.lives()
+        second.daemon.shutdown()
+        second.wait()
+
+    def test_path_that_cannot_be(self) -> None:
+        for path in "/nonexistent/sock", "/tmp/" + "x" * 200:
+            with self.assertRaises(OSError):
+                VhostUserDaemon("test", Echo()).start(path)
+            with self.assertRaises(OSError):
+                VhostUserDaemon("test", Echo()).start_client(path)
+
+    def test_listener_object(self) -> None:
+        path = f"{self.folder()}/sock"
+        daemon = VhostUserDaemon("test", Echo())
+        daemon.start(Listener(path))
+        self.assertTrue(stat.S_ISSOCK(os.stat(path).st_mode))
+        with Peer(path) as peer:
+            peer.lives()
+        daemon.shutdown()
+        wait_for_end(daemon)
+        self.assertFalse(os.path.exists(path))
+
+    def test_daemon_connects_as_client(self) -> None:
+        """It ends when the front-end leaves."""
+        path = f"{self.folder()}/sock"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            daemon = VhostUserDaemon("test", Echo())
+            daemon.start_client(path)
+            with Frontend(listener.accept()[0]) as frontend:
+                frontend.setup(memory=1 << 20, size=16)
+                self.echo(frontend, frontend.queues[0])
+        wait_for_end(daemon)
+
+    def test_daemon_serves_a_connected_socket(self) -> None:
+        ours, theirs = socket.socketpair()
+        daemon = VhostUserDaemon("test", Echo())
+        daemon.start_socket(theirs)
+        with Frontend(ours) as frontend:
+            frontend.setup(memory=1 << 20, size=16)
+            self.echo(frontend, frontend.queues[0])
+        wait_for_end(daemon)
+
+    def test_daemon_serves_a_listening_socket_and_leaves_its_path(self) -> None:
+        path = f"{self.folder()}/sock"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen()
+        daemon = VhostUserDaemon("test", Echo())
+        daemon.start_socket(listener)
+        for _ in range(3):
+            with Peer(path) as peer:
+                peer.lives()
+        daemon.shutdown()
+        wait_for_end(daemon)
+        self.assertTrue(os.path.exists(path))
+
+    def test_daemon_is_started_once(self) -> None:
+        with self.serving(Echo()) as served, self.raises(RuntimeError, "started already"):
+            other = Listener(f"{self.folder()}/other")
+            self.addCleanup(other.close)
+            served.daemon.start(other)
+
+    def test_serve_is_start_and_wait(self) -> None:
+        path = f"{self.folder()}/sock"
+        daemon = VhostUserDaemon("test", Echo())
+        thread = self.in_thread(lambda: daemon.serve(path))
+        with Frontend.connect(path) as frontend:
+            frontend.setup(memory=1 << 20, size=16)
+            self.echo(frontend, frontend.queues[0])
+        daemon.shutdown()
+        thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive())
+
+    def test_daemon_as_a_context_manager(self) -> None:
+        path = f"{self.folder()}/sock"
+        with VhostUserDaemon("test", Echo()) as daemon:
+            daemon.start(path)
+            with Peer(path) as peer:
+                peer.lives()
+        self.assertFalse(os.path.exists(path))
+
+    def test_wait_raises_what_ended_the_daemon(self) -> None:
+        class Broken(Listener):
+            def accept(self, interrupt: int) -> socket.socket | None:
+                raise OSError(errno.EBADF, "as asked")
+
+        daemon = VhostUserDaemon("test", Echo())
+        daemon.start(Broken(f"{self.folder()}/sock"))
+        with self.raises(OSError, "as asked"):
+            wait_for_end(daemon)
+        self.expect_log("daemon test ends")
+
+    def test_error_of_a_peer_does_not_end_the_daemon(self) -> None:
+        with self.serving(Echo()) as served:
+            for _ in range(3):
+                with served.peer() as peer:
+                    peer.msg(999, expect=CLOSED)
+            self.expect_log("unknown request 999")
+
+    def test_shutdown_while_idle_and_before_anything(self) -> None:
+        with self.serving(Echo()):
+            pass
+        daemon = VhostUserDaemon("test", Echo())
+        daemon.shutdown()
+        daemon.wait()
+
+    def test_shutdown_while_connected(self) -> None:
+        with self.serving(Echo()) as served, served.connect() as frontend:
+            frontend.setup(memory=1 << 20, size=16)
+            self.echo(frontend, frontend.queues[0])
+            served.daemon.shutdown()
+            served.wait()
+            with self.assertRaises(Disconnected):
+                frontend.request("GET_FEATURES")
+
+    def test_shutdown_from_any_thread_and_again(self) -> None:
+        with self.serving(Echo()) as served, served.peer() as peer:
+            peer.lives()
+            for thread in [threading.Thread(target=served.daemon.shutdown) for _ in range(5)]:
+                thread.start()
+                thread.join()
+            served.wait()
+            served.daemon.shutdown()
+            served.wait()
+
+    def test_shutdown_from_device_code(self) -> None:
+        class Ends(Echo):
+            daemon: VhostUserDaemon
+
+            def process_queue(self, vring: VringT) -> None:
+                super().process_queue(vring)
+                self.daemon.shutdown()
+
+        device = Ends()
+        with self.serving(device) as served, served.connect() as frontend:
+            device.daemon = served.daemon
+            frontend.setup(memory=1 << 20, size=16)
+            served.wait()
+        del device.daemon
+
+    def test_shutdown_within_a_half_sent_message(self) -> None:
+        with self.serving(Echo()) as served, served.peer(protocol_features=0) as peer:
+            peer.lives()
+            peer.raw(struct.pack("=III", 37, 1, 40), [self.memfd(PAGE)])
+            served.daemon.shutdown()
+            served.wait()
+
+    def test_shutdown_while_a_request_is_in_flight(self) -> None:
+        device = Later()
+        with self.serving(device) as served, served.connect() as frontend:
+            frontend.setup(memory=1 << 20, size=16)
+            frontend.queues[0].submit([], [(frontend.arena[0], 4)])
+            device.holds(1)
+            served.daemon.shutdown()
+            served.wait()
+            device.complete()
+
+    def test_shutdown_while_a_ring_is_being_stopped(self) -> None:
+        """GET_VRING_BASE waits for a request that never ends; the shutdown doesn't."""
+        device = Later()
+        with self.serving(device) as served, served.connect() as frontend:
+            frontend.setup(memory=1 << 20, size=16)
+            frontend.queues[0].submit([], [(frontend.arena[0], 4)])
+            device.holds(1)
+            frontend.connection.send(11, 0, pair(0, 0))
+            self.assertFalse(is_readable(frontend.connection.socket, MOMENT))
+            served.daemon.shutdown()
+            served.wait()
+            device.held.clear()
+
+    def test_shutdown_while_the_peer_reads_nothing(self) -> None:
+        with self.serving(Echo()) as served, served.peer() as peer:
+            peer.socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    peer.send(24, Config(0, 0, bytes(4000)).pack())
+            served.daemon.shutdown()
+            served.wait()
+
+    def test_reload_of_a_device_that_fails(self) -> None:
+        class Bad(Echo):
+            def reload(self) -> None:
+                raise RuntimeError("cannot")
+
+        VhostUserDaemon("test", Bad()).reload()
+        self.expect_log("reload of the device failed")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Programs
+# ---------------------------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+class Echo(vhost_user.VhostUserBackendMut):
+    config = b"0123456789abcdef"
+    def process_queue(self, vring):
+        for chain in vring:
+            vring.add_used(chain, chain.write(chain.read()[::-1]))
+    def reload(self):
+        print("reloaded", flush=True)
+
+def build(options):
+    if options.fail:
+        raise ValueError("no such thing as " + options.fail)
+    return Echo()
+
+sys.exit(vhost_user.run_device("echo", build, lambda parser: parser.add_argument("--fail"), ["first", "second"]))
+"""
+
+
+class ProgramTests(DaemonTest):
+    """`run_device`: the specification's conventions for back-end programs."""
+
+    def run_program(self, *arguments: str, expect: int = 0, **options: Any) -> tuple[str, str]:
+        """Run the program to its end. Returns what it wrote to stdout and stderr."""
+        child = program(self, PROGRAM, *arguments, **options)
+        out, err = child.communicate(timeout=PATIENCE)
+        self.assertEqual(child.returncode, expect, err)
+        return out, err
+
+    def works(self, frontend: Frontend) -> None:
+        """The program serves this front-end."""
+        frontend.setup(memory=1 << 20, size=16)
+        self.echo(frontend, frontend.queues[0])
+
+    def ends(self, child: subprocess.Popen[str], number: int = signal.SIGTERM) -> str:
+        """The signal ends the program at once, with status 0. Returns stderr."""
+        child.send_signal(number)
+        start = time.monotonic()
+        _, err = child.communicate(timeout=PATIENCE)
+        self.assertEqual(child.returncode, 0, err)
+        self.assertLess(time.monotonic() - start, 3.0, "seconds to end")
+        return err
+
+    def test_capabilities_are_printed_whatever_else_there_is(self) -> None:
+        for arguments in ["--print-capabilities"], ["--print-capabilities", "--socket-path", "/x", "--fd", "3", "--nonsense"]:
+            out, _ = self.run_program(*arguments)
+            self.assertEqual(json.loads(out), {"type": "echo", "features": ["first", "second"]})
+
+    def test_command_lines_that_make_no_sense(self) -> None:
+        for arguments in [], ["--socket-path", "/x", "--fd", "3"], ["--fd", "x"], ["--nonsense"]:
+            _, err = self.run_program(*arguments, expect=2)
+            self.assertIn("usage: ", err)
+
+    def test_failure_has_a_status_and_a_reason(self) -> None:
+        path = f"{self.folder()}/missing/sock"
+        for arguments, reason in (
+            (["--socket-path", path], f"cannot listen at {path}"),
+            (["--socket-path", path, "--client"], f"cannot connect to {path}"),
+            (["--socket-path", "/x", "--fail", "this"], "no such thing as this"),
+            (["--fd", "77"], ""),
+        ):
+            _, err = self.run_program(*arguments, expect=1)
+            self.assertIn(reason, err)
+            self.assertNotIn("Traceback", err)
+
+    def test_socket_path_and_sigterm_while_connected(self) -> None:
+        for number in signal.SIGTERM, signal.SIGINT:
+            path = f"{self.folder()}/sock"
+            child = program(self, PROGRAM, "--socket-path", path)
+            with Frontend.connect(path) as frontend:
+                self.works(frontend)
+                self.assertEqual(self.ends(child, number), "")
+            self.assertFalse(os.path.exists(path))
+
+    def test_sigterm_while_idle(self) -> None:
+        path = f"{self.folder()}/sock"
+        child = program(self, PROGRAM, "--socket-path", path)
+        with Frontend.connect(path) as frontend:
+            self.works(frontend)
+        self.ends(child)
+
+    def test_client(self) -> None:
+        """It connects, and ends with its front-end."""
+        path = f"{self.folder()}/sock"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            listener.settimeout(PATIENCE)
+            child = program(self, PROGRAM, "--socket-path", path, "--client")
+            with Frontend(listener.accept()[0]) as frontend:
+                self.works(frontend)
+            self.assertEqual(child.wait(PATIENCE), 0)
+
+    def test_fd_that_is_connected(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            child = program(self, PROGRAM, "--fd", str(theirs.fileno()), pass_fds=[theirs.fileno()])
+        with Frontend(ours) as frontend:
+            self.works(frontend)
+        self.assertEqual(child.wait(PATIENCE), 0)
+
+    def test_fd_that_listens(self) -> None:
+        path = f"{self.folder()}/sock"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            child = program(self, PROGRAM, "--fd", str(listener.fileno()), pass_fds=[listener.fileno()])
+        for _ in range(2):
+            with Frontend.connect(path) as frontend:
+                self.works(frontend)
+        self.ends(child)
+
+    def test_socket_activation(self) -> None:
+        """sd_listen_fds(3): descriptor 3, if LISTEN_PID is this process."""
+        path = f"{self.folder()}/sock"
+        launcher = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.executable, sys.argv[2:])"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            child = program(
+                self,
+                PROGRAM,
+                launcher=["-c", launcher, str(listener.fileno()), sys.executable],
+                pass_fds=[listener.fileno()],
+                environment={"LISTEN_FDS": "1"},
+            )
+        with Frontend.connect(path) as frontend:
+            self.works(frontend)
+        self.ends(child)
+        _, err = self.run_program(expect=2, environment={"LISTEN_FDS": "1", "LISTEN_PID": "1"})
+        self.assertIn("--socket-path", err)
+
+    def test_readiness_is_told(self) -> None:
+        """sd_notify(3), once the socket can be connected to; the address may be abstract."""
+        folder = self.folder()
+        for address, bound in (f"{folder}/notify", f"{folder}/notify"), (f"@vhost-user-{os.getpid()}", f"\0vhost-user-{os.getpid()}"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                notify.bind(bound)
+                notify.settimeout(PATIENCE)
+                child = program(self, PROGRAM, "--socket-path", f"{folder}/sock", environment={"NOTIFY_SOCKET": address})
+                self.assertEqual(notify.recv(100).split(b"\n")[0], b"READY=1")
+                with Frontend.connect(f"{folder}/sock", timeout=0) as frontend:
+                    self.works(frontend)
+                self.ends(child)
+
+    def test_sighup_reloads(self) -> None:
+        path = f"{self.folder()}/sock"
+        child = program(self, PROGRAM, "--socket-path", path)
+        with Frontend.connect(path) as frontend:
+            for _ in range(2):
+                child.send_signal(signal.SIGHUP)
+                assert child.stdout
+                self.assertEqual(child.stdout.readline(), "reloaded\n")
+            self.works(frontend)
+        self.ends(child)
+
+    def test_debug_log_shows_messages_in_words(self) -> None:
+        path = f"{self.folder()}/sock"
+        child = program(self, PROGRAM, "--socket-path", path, "--log-level", "debug")
+        with Frontend.connect(path) as frontend:
+            self.works(frontend)
+            frontend.get_config(2, 3)
+            with self.assertRaises(Refused):
+                frontend.set_config(0, b"x")
+        err = self.ends(child)
+        for words in (
+            "GET_FEATURES",
+            "SET_VRING_NUM ring 0: 0x10",
+            "SET_VRING_KICK ring 0",
+            "GET_CONFIG 3 bytes at 2",
+            "ADD_MEM_REG 0x100000 bytes at guest",
+            "refused",
+        ):
+            self.assertIn(words, err)
+
+
+if __name__ == "__main__":
+    unittest.main()
