@@ -978,6 +978,7 @@ class VringState:
     """
 
     _BUDGET = 512  # chains of one iteration, so that others get at the ring
+    _LEAST_CHUNK, _MOST_CHUNK = 4, 64
     _PASSES = 4  # iterations of one drain, so that other rings of the thread get their turn
 
     def __init__(self, memory: GuestMemoryAtomic, max_queue_size: int = MAX_QUEUE_SIZE, index: int = 0) -> None:
@@ -998,6 +999,8 @@ class VringState:
         self._queue: Queue | None = None
         self._completed: list[tuple[int, int]] = []
         self._depth = 0
+        self._chunk = 16  # chains that are taken, served and published together
+        self._busy = 0  # iterations in a row that ended before the ring was empty
         self._idle = threading.Event()
         self._kick: int | None = None
         self._call: int | None = None
@@ -1056,12 +1059,13 @@ class VringState:
         """Every chain that is available, up to a budget. The ring's lock is held meanwhile. What a loop that is left early has not
         been given stays available."""
         with self.batch():
-            budget = self._BUDGET
-            while budget > 0:
+            total = 0
+            while total < self._BUDGET:
                 chains = self._take()
                 if not chains:
+                    self._ran_empty(total)
                     return
-                budget -= len(chains)
+                total += len(chains)
                 coming = iter(chains)
                 try:
                     yield from coming
@@ -1070,13 +1074,29 @@ class VringState:
                     if rest and self._queue:
                         self._queue.put_back(rest)
                 self._flush()
+            self._stayed_busy()
+
+    def _ran_empty(self, total: int) -> None:
+        """All there was, `total` chains, has been served: if at one go, go half as far the next time.
+
+        What is published after the first half lets the driver send more during the second, so that neither side ever waits for the other;
+        it also halves the time that a finished request waits for its batch."""
+        self._busy = 0
+        if self._LEAST_CHUNK < total <= self._chunk:
+            self._chunk = max(self._LEAST_CHUNK, (total + 1) // 2)
+
+    def _stayed_busy(self) -> None:
+        """The driver always had more: now and then try larger chunks, which cost less."""
+        self._busy += 1
+        if self._busy % 8 == 0:
+            self._chunk = min(2 * self._chunk, self._MOST_CHUNK)
 
     def _take(self) -> list[DescriptorChain]:
         queue = self._queue
         if queue is None or not self.active:
             return []
         try:
-            return queue.take(16)
+            return queue.take(self._chunk)
         except _BrokenRing as reason:
             self.fail(str(reason))
             return []
