@@ -898,7 +898,7 @@ class OrderTests(CoreTest):
         self.assertEqual(set(numbers), {3})
 
 
-def _in_step(atomic_or, numbers, view, mine, other):  # type: ignore[no-untyped-def]
+def _in_step(atomic_or: Callable[[memoryview, int], None], numbers: memoryview, view: memoryview, mine: int, other: int) -> int:
     """OR a bit into each word, and wait there for the other process's. Returns how many were lost."""
     lost = 0
     deadline = time.monotonic() + 5
@@ -926,7 +926,7 @@ def program(test: CoreTest, source: str, *arguments: str, pass_fds: Sequence[int
         load = f"import sys\n{prefix} vhost_user, vring, guest_memory\n"
     path = os.path.join(test.folder(), "program.py")
     with open(path, "w") as file:
-        file.write(load + source)
+        file.write("from __future__ import annotations\n" + load + source)
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(os.path.abspath(entry) for entry in sys.path))
     environment.update(options.pop("environment", {}))
     launcher = options.pop("launcher", [])
@@ -1058,7 +1058,7 @@ class RawRing:
 
     def returned(self) -> list[tuple[int, int]]:
         """(id, length) of what came back since the last time."""
-        found = []
+        found: list[tuple[int, int]] = []
         while True:
             if self.packed:
                 _, length, identity, flags = struct.unpack_from("<QIHH", self.desc, 16 * self.seen)
@@ -2037,7 +2037,7 @@ class NotificationTests(RingTest):
             for ring, driver in self.drivers(features):
                 queue = ring.vring.queue
                 assert queue
-                enable, late = queue.enable_notification, [b"late"] * 3
+                enable, late = queue.enable_notification, [b"late"]
 
                 def enable_too_late(driver: DriverQueue = driver, late: list[bytes] = late, enable: Callable[[], bool] = enable) -> bool:
                     if late:
@@ -2049,17 +2049,18 @@ class NotificationTests(RingTest):
                 driver.add([], [(DATA, 4)], b"first")
                 driver.publish()
                 ring.serve(ring.process)
-                self.assertEqual(len(driver.used()), 4)
+                self.assertEqual(len(driver.used()), 2)
                 del queue.enable_notification, enable, enable_too_late, queue
 
-    def test_device_that_declines_chains_is_not_asked_again(self) -> None:
+    def test_device_that_declines_chains_is_asked_once_more_and_then_at_the_next_kick(self) -> None:
+        """Once more, because one may have come just before notifications were on."""
         for features in 0, EVENT_IDX:
             for ring, driver in self.drivers(features):
-                asked = []
+                asked: list[VringT] = []
                 driver.add([], [(DATA, 4)])
                 driver.publish()
                 self.assertFalse(ring.vring.drain(asked.append))
-                self.assertEqual(len(asked), 1)
+                self.assertEqual(len(asked), 2)
                 driver.add([], [(DATA, 4)])
                 self.assertTrue(driver.publish(), "a new chain is worth a kick")
                 ring.serve(ring.process)
@@ -2691,7 +2692,7 @@ class EachRequestTests(WireTest):
         with self.served(plain) as served, served.peer() as peer:
             peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(PROTOCOL_FEATURES & ~PF.STATUS | PF.MTU)))
         for bit in PF.MQ, PF.REPLY_ACK, PF.BACKEND_REQ, PF.RESET_DEVICE, PF.CONFIGURE_MEM_SLOTS, PF.STATUS:
-            self.assertIn(bit, PROTOCOL_FEATURES)
+            self.assertTrue(PROTOCOL_FEATURES & bit)
 
     def test_set_protocol_features(self) -> None:
         """Before SET_FEATURES, or after it; a feature that is not chosen is not there."""
@@ -3461,22 +3462,24 @@ class EventfdTests(DaemonTest):
             done = threading.Event()
 
             def fill() -> None:
-                poll = select.poll()
-                poll.register(mine, select.POLLIN | select.POLLOUT)
                 while not done.is_set():
-                    if is_readable(mine):
-                        os.eventfd_read(mine)
-                    os.eventfd_write(mine, BRIM) if not is_readable(mine) else None
+                    if not is_readable(mine):
+                        os.eventfd_write(mine, BRIM)
+
+            def drain() -> None:
+                with contextlib.suppress(OSError):
+                    os.preadv(mine, [bytearray(8)], -1, os.RWF_NOWAIT)
 
             filler = self.in_thread(fill)
-            for _ in range(100):
+            for _ in range(200):
                 rig.add(driver)
                 os.eventfd_write(kick, 1)
-                wait_until(lambda: bool(driver.used()) or done.is_set(), "the request to come back")
+                wait_until(driver.used, "the request to come back")
+                drain()
+            frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
             done.set()
-            with contextlib.suppress(OSError):
-                os.preadv(mine, [bytearray(8)], -1, os.RWF_NOWAIT)
-            filler.join(PATIENCE)
+            while filler.is_alive():
+                drain()
 
     def test_descriptors_that_cannot_be_polled_or_written(self) -> None:
         """Refused, or without effect; the daemon lives."""
