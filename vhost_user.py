@@ -782,7 +782,7 @@ def _offered_features(backend: VhostUserBackend) -> int:
 
 def _offered_protocol_features(backend: VhostUserBackend) -> int:
     config = _PF.CONFIG if backend.config is not None or type(backend).get_config is not VhostUserBackend.get_config else 0
-    return backend.protocol_features | (PROTOCOL_FEATURES | config) & ~backend.withheld_protocol_features
+    return int(backend.protocol_features | (PROTOCOL_FEATURES | config) & ~backend.withheld_protocol_features)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

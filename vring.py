@@ -624,8 +624,8 @@ class SplitQueue(Queue):
         self.outstanding -= count
 
     def enable_notification(self) -> bool:
-        if self.event_idx:
-            self._store(self._used16, self._avail_event, self._next_avail)
+        if self.event_idx:  # as it stands, not `_next_avail`: behind chains that the device leaves, no event would ever come
+            self._store(self._used16, self._avail_event, self._load(self._avail, 1))
         else:
             self._store(self._used16, 0, 0)
         self._fence()
@@ -823,11 +823,12 @@ class PackedQueue(Queue):
         self._used_wrap = int(bits != 0)
 
     def enable_notification(self) -> bool:
-        if self.event_idx:
+        by_event = self.event_idx and not self.available()  # behind chains that the device leaves, no event would ever come
+        if by_event:
             self._store(self._device_event, 0, self._next_avail | self._avail_wrap << 15)
             if not STRONGLY_ORDERED:
                 self._fence()
-        self._store(self._device_event, 1, EVENT_FLAGS_DESC if self.event_idx else EVENT_FLAGS_ENABLE)
+        self._store(self._device_event, 1, EVENT_FLAGS_DESC if by_event else EVENT_FLAGS_ENABLE)
         self._fence()
         return self.available()
 
@@ -1022,7 +1023,7 @@ class VringState:
     @contextmanager
     def get_mut(self) -> Iterator[VringState]:
         """The ring for this thread alone, ahead of its worker's next batch."""
-        while not self._lock.acquire_first(timeout=1.0):
+        while not self._lock.acquire_first(timeout=0.1):
             self._unblock()
         try:
             yield self
@@ -1144,22 +1145,26 @@ class VringState:
 
         The order is suppress, process, publish, signal if wanted, re-enable, fence, look again.
         """
+        armed = False
         for _ in range(self._PASSES):
             with self.batch():
                 queue = self._queue
                 if queue is None or not self.active:
                     return False
                 before, waiting = queue.taken, queue.available()
-                queue.disable_notification()
+                if not armed:
+                    queue.disable_notification()
                 process(self)
                 self._flush()
                 if self.broken is not None:
                     return False
                 declined = waiting and queue.taken == before  # the device leaves them where they are, until the next kick
-                if not declined and queue.available():
-                    continue
-                if not queue.enable_notification() or declined:
+                if declined and armed:
                     return False
+                if declined or not queue.available():
+                    if not queue.enable_notification():
+                        return False
+                    armed = declined  # something came before that: look again, the last time if the device declines
         return True
 
     def _flush(self) -> None:
