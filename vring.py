@@ -100,6 +100,10 @@ _DESCRIPTOR_SIZE = 16
 _SWAP = sys.byteorder == "big"  # rings are little-endian
 _DESCRIPTOR = struct.Struct("<QIHH")  # address, length, then flags, next (split) or id, flags (packed)
 _PACKED_USED = struct.Struct("<IHH")  # length, id, flags
+# Of a descriptor that the other side is looking at, all but the flags: pack_into clears its whole target first, and flags that are 0 for
+# a moment may mean "used" (or, on the driver side, "available").
+_PACKED_USED_HIDDEN = struct.Struct("<IH")
+_PACKED_DESCRIPTOR_HIDDEN = struct.Struct("<QIH")
 _MOST_BYTES = 1 << 32  # a chain's length is a u32 in the used ring
 _EVENTFD_ONE = (1).to_bytes(8, sys.byteorder)
 
@@ -809,7 +813,7 @@ class PackedQueue(Queue):
                 _PACKED_USED.pack_into(desc, 16 * position + 8, length, token & 0xFFFF, flags)
             else:  # the first one's flags show the whole batch: they come last
                 first_flags = flags
-                _PACKED_USED.pack_into(desc, 16 * position + 8, length, token & 0xFFFF, self._load(self._flags, 8 * position + 7))
+                _PACKED_USED_HIDDEN.pack_into(desc, 16 * position + 8, length, token & 0xFFFF)
             count = token >> 16
             self.outstanding -= count
             position += count
@@ -1679,8 +1683,9 @@ class PackedDriverQueue(DriverQueue):
             flags |= PACKED_F_AVAIL if self._wrap else PACKED_F_USED
             if self._hidden is None:
                 self._hidden = (self._position, flags)
-                flags = self._load(self._flags, 8 * self._position + 7)
-            _DESCRIPTOR.pack_into(self._desc, 16 * self._position, address, length, identity, flags)
+                _PACKED_DESCRIPTOR_HIDDEN.pack_into(self._desc, 16 * self._position, address, length, identity)
+            else:
+                _DESCRIPTOR.pack_into(self._desc, 16 * self._position, address, length, identity, flags)
             self._position += 1
             if self._position == self.size:
                 self._position = 0
