@@ -6,6 +6,7 @@ In reading order:
 
 - Facts              descriptor flags, feature bits and layouts of virtio 1.3 §2.7 and §2.8
 - Descriptor chains  `DescriptorChain`, what a device works with
+- In-flight tracking `SplitInflight`, `PackedInflight`: what a back-end that dies leaves to its next life
 - Device side        `Queue`, and its two formats `SplitQueue` and `PackedQueue`: chains in, completions out, notifications
 - Rings of a daemon  `VringState` (a queue with its eventfds and switches), `VringMutex` and `VringRwLock` (the same, shared by threads)
 - Driver side        `SplitDriverQueue` and `PackedDriverQueue`, for front-ends and tests
@@ -29,7 +30,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain as concatenate
@@ -106,6 +107,10 @@ _PACKED_USED_HIDDEN = struct.Struct("<IH")
 _PACKED_DESCRIPTOR_HIDDEN = struct.Struct("<QIH")
 _MOST_BYTES = 1 << 32  # a chain's length is a u32 in the used ring
 _EVENTFD_ONE = (1).to_bytes(8, sys.byteorder)
+
+
+def _align(offset: int, unit: int) -> int:
+    return -(-offset // unit) * unit
 
 
 def _swap16(value: int) -> int:
@@ -211,6 +216,228 @@ def _span(parts: tuple[memoryview, ...], start: int, end: int) -> Iterator[memor
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# In-flight tracking
+# ---------------------------------------------------------------------------------------------------------------------------
+# What is in flight is noted in memory that the front-end keeps, so that a back-end that dies, at whatever instruction, can take it up
+# again (vhost-user, "Inflight I/O tracking"). The order of stores is the specification's; within one process a mapping keeps it.
+
+
+class InflightTracker(ABC):
+    """One queue's part of the in-flight region, which the front-end keeps for the next life of the back-end. Native byte order."""
+
+    HEADER: int
+    ENTRY: int
+    VERSION = 1
+
+    def __init__(self, area: memoryview, size: int) -> None:
+        """`area` for a queue of `size` entries: see `bytes_for`. All zero when it is new."""
+        self._size = size
+        self._u8 = area
+        self._u16 = area.cast("H")
+        self._u32 = area.cast("I")
+        self._u64 = area.cast("Q")
+        self.fresh = self._u16[4] != self.VERSION
+        if self.fresh:
+            self._u16[5] = size
+            self._reset()
+            self._u16[4] = self.VERSION
+        elif self._u16[5] != size:
+            raise VringError(f"the in-flight region is for a queue of {self._u16[5]}, this one has {size}")
+        self._counter = 0
+
+    @classmethod
+    def bytes_for(cls, size: int) -> int:
+        """What a queue of `size` entries takes, rounded up so that the next one is aligned."""
+        return _align(cls.HEADER + cls.ENTRY * size, 64)
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """Initial values, in a region of zeroes."""
+
+
+class SplitInflight(InflightTracker):
+    """Of a split queue (QueueRegionSplit, DescStateSplit): entries by head descriptor."""
+
+    HEADER, ENTRY = 16, 16
+    _LAST_BATCH_HEAD, _USED_IDX = 6, 7  # items of the u16 view
+
+    def _reset(self) -> None:
+        pass
+
+    def recover(self, used_index: int) -> list[int]:
+        """What was in flight at the end of the life before, in the order in which it was taken: head descriptors.
+
+        Finishes the batch that was being published then: all of its entries, not the last one alone."""
+        u8, u16, u64, size = self._u8, self._u16, self._u64, self._size
+        head = u16[self._LAST_BATCH_HEAD]
+        for _ in range(min((used_index - u16[self._USED_IDX]) & 0xFFFF, size)):
+            if head >= size:
+                break  # not ours, or torn
+            u8[16 + 16 * head] = 0
+            head = u16[11 + 8 * head]
+        u16[self._USED_IDX] = used_index
+        heads = [head for head in range(size) if u8[16 + 16 * head]]
+        heads.sort(key=lambda head: u64[3 + 2 * head])
+        self._counter = max((u64[3 + 2 * head] for head in heads), default=0) + 1
+        return heads
+
+    def note_taken(self, heads: Iterable[int]) -> None:
+        """These are in flight from here on."""
+        u8, u64, counter = self._u8, self._u64, self._counter
+        for head in heads:
+            u64[3 + 2 * head] = counter
+            counter += 1
+            u8[16 + 16 * head] = 1
+        self._counter = counter
+
+    def note_put_back(self, heads: Iterable[int]) -> None:
+        """These were not taken after all, the last one first."""
+        for head in heads:
+            self._u8[16 + 16 * head] = 0
+
+    def note_used(self, heads: Iterable[int]) -> None:
+        """These are about to be published."""
+        u16 = self._u16
+        last = u16[self._LAST_BATCH_HEAD]
+        for head in heads:
+            u16[11 + 8 * head] = last
+            u16[self._LAST_BATCH_HEAD] = last = head
+
+    def note_published(self, heads: Iterable[int], used_index: int) -> None:
+        """They have been."""
+        u8 = self._u8
+        for head in heads:
+            u8[16 + 16 * head] = 0
+        self._u16[self._USED_IDX] = used_index
+
+
+class PackedInflight(InflightTracker):
+    """Of a packed queue (QueueRegionPacked, DescStatePacked): entries in a free list; they keep the descriptors, which the ring does not."""
+
+    HEADER, ENTRY = 32, 32
+    _FREE_HEAD, _OLD_FREE_HEAD, _USED_IDX, _OLD_USED_IDX = 6, 7, 8, 9  # items of the u16 view
+    _USED_WRAP, _OLD_USED_WRAP = 20, 21  # of the u8 view
+
+    def _reset(self) -> None:
+        for index in range(self._size):
+            self._u16[17 + 16 * index] = index + 1
+        self._u8[self._USED_WRAP] = self._u8[self._OLD_USED_WRAP] = 1
+
+    def __init__(self, area: memoryview, size: int) -> None:
+        super().__init__(area, size)
+        self._entries: dict[int, list[int]] = {}  # by buffer id: entries in flight, the oldest first
+
+    def begin(self, used: int) -> None:
+        """A new region's ring begins at this used position, with its wrap counter in bit 15."""
+        self._u16[self._USED_IDX] = used & 0x7FFF
+        self._u8[self._USED_WRAP] = used >> 15
+        self._commit()
+
+    # Entry i begins at byte 32 + 32 i: u8 inflight, u8, u16 next, u16 last, u16 num, u64 counter, u16 id, u16 flags, u32 len, u64 addr.
+
+    def recover(self, ring_flags: Callable[[int], int]) -> tuple[list[tuple[int, bytes]], int]:
+        """What was in flight, in the order in which it was taken: (token, descriptors) each; and the next used position, with its wrap
+        counter in bit 15. `ring_flags`: the flags of a ring's descriptor as they stand."""
+        u8, u16, size = self._u8, self._u16, self._size
+        if u16[self._USED_IDX] != u16[self._OLD_USED_IDX]:
+            position, wrap = u16[self._OLD_USED_IDX], u8[self._OLD_USED_WRAP]
+            available = PACKED_F_AVAIL if wrap else PACKED_F_USED
+            if position < size and ring_flags(position) & PACKED_F_BOTH != available:
+                self._commit()  # the driver has seen them
+        u16[self._FREE_HEAD] = u16[self._OLD_FREE_HEAD]
+        u16[self._USED_IDX] = u16[self._OLD_USED_IDX]
+        u8[self._USED_WRAP] = u8[self._OLD_USED_WRAP]
+        index = u16[self._FREE_HEAD]
+        for _ in range(size):
+            if index >= size:
+                break
+            u8[32 + 32 * index] = 0
+            index = u16[17 + 16 * index]
+        heads = [index for index in range(size) if u8[32 + 32 * index]]
+        heads.sort(key=lambda index: self._u64[5 + 4 * index])
+        self._counter = max((self._u64[5 + 4 * index] for index in heads), default=0) + 1
+        found = [self._kept(index) for index in heads]
+        for index, (token, _) in zip(heads, found):
+            self._entries.setdefault(token & 0xFFFF, []).append(index)
+        return found, u16[self._USED_IDX] | u8[self._USED_WRAP] << 15
+
+    def _kept(self, head: int) -> tuple[int, bytes]:
+        """(token, descriptors) of the chain that begins at an entry."""
+        u16, content, index = self._u16, bytearray(), head
+        count = min(u16[19 + 16 * head], self._size)
+        identity = 0
+        for _ in range(count):
+            if index >= self._size:
+                break
+            identity = u16[24 + 16 * index]
+            flags, length, address = u16[25 + 16 * index], self._u32[13 + 8 * index], self._u64[7 + 4 * index]
+            content += _DESCRIPTOR.pack(address, length, identity, flags)
+            index = u16[17 + 16 * index]
+        return count << 16 | identity, bytes(content)
+
+    def note_taken(self, chains: Iterable[tuple[int, bytes]]) -> None:
+        """These are in flight from here on: (token, descriptors) each."""
+        u8, u16, u32, u64 = self._u8, self._u16, self._u32, self._u64
+        for token, content in chains:
+            head = u16[self._OLD_FREE_HEAD]
+            u16[19 + 16 * head] = 0
+            u64[5 + 4 * head] = self._counter
+            self._counter += 1
+            u8[32 + 32 * head] = 1
+            index = head
+            for count, (address, length, identity, flags) in enumerate(_DESCRIPTOR.iter_unpack(content), 1):
+                index = u16[self._FREE_HEAD]
+                u16[19 + 16 * head] = count
+                u64[7 + 4 * index] = address
+                u32[13 + 8 * index] = length
+                u16[25 + 16 * index] = flags
+                u16[24 + 16 * index] = identity
+                u16[self._FREE_HEAD] = u16[17 + 16 * index]
+            u16[18 + 16 * head] = index
+            u16[self._OLD_FREE_HEAD] = u16[self._FREE_HEAD]
+            self._entries.setdefault(token & 0xFFFF, []).append(head)
+
+    def note_put_back(self, tokens: Iterable[int]) -> None:
+        """These were not taken after all, the last one first."""
+        for token in tokens:
+            head = self._entries[token & 0xFFFF].pop()
+            self._free(head)
+            self._u8[32 + 32 * head] = 0
+            self._u16[self._OLD_FREE_HEAD] = self._u16[self._FREE_HEAD]
+
+    def _free(self, head: int) -> None:
+        u16 = self._u16
+        u16[17 + 16 * u16[18 + 16 * head]] = u16[self._FREE_HEAD]
+        u16[self._FREE_HEAD] = head
+
+    def note_used(self, tokens: Iterable[int], used: int) -> list[int]:
+        """These are about to be published; `used` is the position after that, with its wrap counter in bit 15. Returns their entries."""
+        heads = []
+        for token in tokens:
+            identity = token & 0xFFFF
+            head = self._entries[identity].pop(0)
+            if not self._entries[identity]:
+                del self._entries[identity]
+            self._free(head)
+            heads.append(head)
+        self._u16[self._USED_IDX] = used & 0x7FFF
+        self._u8[self._USED_WRAP] = used >> 15
+        return heads
+
+    def note_published(self, heads: Iterable[int]) -> None:
+        """They have been."""
+        for head in heads:
+            self._u8[32 + 32 * head] = 0
+        self._commit()
+
+    def _commit(self) -> None:
+        u8, u16 = self._u8, self._u16
+        u16[self._OLD_FREE_HEAD] = u16[self._FREE_HEAD]
+        u16[self._OLD_USED_IDX] = u16[self._USED_IDX]
+        u8[self._OLD_USED_WRAP] = u8[self._USED_WRAP]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # Device side
 # ---------------------------------------------------------------------------------------------------------------------------
 
@@ -239,6 +466,8 @@ class Queue(ABC):
         self.in_order = bool(features >> VIRTIO_F_IN_ORDER & 1)
         self._indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
         self._order: deque[DescriptorChain] = deque()
+        self._again: deque[DescriptorChain] = deque()  # in flight when the back-end's last life ended, not taken yet in this one
+        self._taken_again = False  # whether the last `take` was of those
         self._fence = Fence()
         self._complain = complaint
         self.move(memory, areas)
@@ -285,8 +514,9 @@ class Queue(ABC):
         """The position as SET_VRING_BASE and GET_VRING_BASE have it (vhost-user, "vring state description")."""
 
     @abstractmethod
-    def start(self, base: int) -> None:
-        """Begin at `base`, with nothing in flight."""
+    def start(self, base: int, inflight: memoryview | None = None) -> None:
+        """Begin at `base`, with nothing in flight; or, with the ring's part of an in-flight region, where that one says. What was in flight
+        then is taken again before anything else."""
 
     @abstractmethod
     def available(self) -> bool:
@@ -334,6 +564,33 @@ class Queue(ABC):
         if batch:
             self._publish(batch)
 
+    def _begin(self) -> None:
+        self._signalled: int | None = None
+        self.outstanding = 0
+        self._order.clear()
+        self._again.clear()
+
+    def _take_again(self, limit: int) -> list[DescriptorChain]:
+        """What was in flight in the last life."""
+        chains = [self._again.popleft() for _ in range(min(limit, len(self._again)))]
+        for chain in chains:
+            chain._holder = self
+            chain._read_at = chain._write_at = 0
+        self.outstanding += sum(map(self._slots, chains))
+        self._hand_out(chains)
+        self._taken_again = True
+        return chains
+
+    def _put_back_again(self, chains: Sequence[DescriptorChain]) -> None:
+        self._again.extendleft(reversed(chains))
+        self.outstanding -= sum(map(self._slots, chains))
+        self._undo_hand_out(chains)
+
+    @staticmethod
+    @abstractmethod
+    def _slots(chain: DescriptorChain) -> int:
+        """What the chain counts in `outstanding`."""
+
     def _hand_out(self, chains: list[DescriptorChain]) -> None:
         """Bookkeeping of a batch that `take` returns."""
         self.taken += len(chains)
@@ -350,7 +607,7 @@ class Queue(ABC):
                 self._order.pop()
 
     def _reject(self, token: int, reason: _MalformedChain) -> None:
-        """Give a bad chain back with length 0, so that the driver's slot is not lost."""
+        """Give a bad chain back with length 0, so that the driver's slot is not lost. Its caller counts it as outstanding."""
         self.malformed += 1
         self.taken += 1
         self._complain(f"chain {token & 0xFFFF} refused: {reason}")
@@ -476,15 +733,29 @@ class SplitQueue(Queue):
 
     @property
     def base(self) -> int:
-        return self._next_avail
+        return (self._next_avail - len(self._again)) & 0xFFFF
 
-    def start(self, base: int) -> None:
+    def start(self, base: int, inflight: memoryview | None = None) -> None:
+        self._begin()
         # The used index is the ring's own: a front-end gives the available index alone (vhost-user, "vring state description").
         self._next_avail = base & 0xFFFF
         self._next_used = self._load(self._used16, 1)
-        self._signalled: int | None = None
-        self.outstanding = 0
-        self._order.clear()
+        self._inflight = None if inflight is None else SplitInflight(inflight, self.size)
+        if self._inflight and not self._inflight.fresh:
+            self._recover(self._inflight.recover(self._next_used))
+
+    def _recover(self, heads: list[int]) -> None:
+        self._next_avail = (self._next_used + len(heads)) & 0xFFFF
+        for head in heads:
+            try:
+                self._again.append(self._parse(head, bytes(self._desc[16 * head : 16 * head + 16])))
+            except _MalformedChain as reason:
+                self._reject(head, reason)
+                self.outstanding += 1
+
+    @staticmethod
+    def _slots(chain: DescriptorChain) -> int:
+        return 1
 
     @staticmethod
     def _load(view: memoryview, item: int) -> int:
@@ -496,9 +767,11 @@ class SplitQueue(Queue):
         view[item] = _swap16(value) if _SWAP else value
 
     def available(self) -> bool:
-        return self._load(self._avail, 1) != self._next_avail
+        return self._load(self._avail, 1) != self._next_avail or bool(self._again)
 
     def take(self, limit: int) -> list[DescriptorChain]:
+        if self._again:
+            return self._take_again(limit)
         avail = self._avail
         index = avail[1]
         if _SWAP:
@@ -545,19 +818,29 @@ class SplitQueue(Queue):
             except _MalformedChain as reason:
                 if taken:
                     break
+                if self._inflight:
+                    self._inflight.note_taken((head,))
                 self._reject(head, reason)
                 rejected += 1
                 continue
             chain._holder = self
             chain._read_at = chain._write_at = 0
             append(chain)
+        if self._inflight:
+            self._inflight.note_taken(heads[rejected : rejected + len(taken)])
         count = len(taken) + rejected
         self._next_avail = (position + count) & 0xFFFF
         self.outstanding += count
         self._hand_out(taken)
+        self._taken_again = False
         return taken
 
     def put_back(self, chains: Sequence[DescriptorChain]) -> None:
+        if self._taken_again:
+            self._put_back_again(chains)
+            return
+        if self._inflight:
+            self._inflight.note_put_back(chain._token for chain in reversed(chains))
         self._next_avail = (self._next_avail - len(chains)) & 0xFFFF
         self.outstanding -= len(chains)
         self._undo_hand_out(chains)
@@ -613,6 +896,8 @@ class SplitQueue(Queue):
                 return copies
 
     def _publish(self, batch: list[tuple[int, int]]) -> None:
+        if self._inflight:
+            self._inflight.note_used(token for token, _ in batch)
         size, count = self.size, len(batch)
         start = self._next_used & (size - 1)
         if start + count <= size:
@@ -626,6 +911,8 @@ class SplitQueue(Queue):
         self._next_used = index = (self._next_used + count) & 0xFFFF
         self._used16[1] = _swap16(index) if _SWAP else index
         self.outstanding -= count
+        if self._inflight:
+            self._inflight.note_published((token for token, _ in batch), index)
 
     def enable_notification(self) -> bool:
         if self.event_idx:  # as it stands, not `_next_avail`: behind chains that the device leaves, no event would ever come
@@ -670,10 +957,20 @@ class PackedQueue(Queue):
 
     @property
     def base(self) -> int:
-        avail = self._next_avail | self._avail_wrap << 15
-        return avail | (self._next_used | self._used_wrap << 15) << 16
+        position, wrap = self._step(self._next_avail, self._avail_wrap, -sum(map(self._slots, self._again)))
+        return position | wrap << 15 | (self._next_used | self._used_wrap << 15) << 16
 
-    def start(self, base: int) -> None:
+    def _step(self, position: int, wrap: int, count: int) -> tuple[int, int]:
+        """`count` descriptors on, or back."""
+        laps, position = divmod(position + count, self.size)
+        return position, wrap ^ laps & 1
+
+    @staticmethod
+    def _slots(chain: DescriptorChain) -> int:
+        return chain._token >> 16
+
+    def start(self, base: int, inflight: memoryview | None = None) -> None:
+        self._begin()
         if base == 0 and not self._load(self._flags, 7) & PACKED_F_USED:
             # Position 0 with both wrap counters 0 means one lap done, which leaves the first descriptor's USED bit set. Without it the
             # ring is new, and the front-end (User-mode Linux) sent the split ring's 0.
@@ -682,20 +979,46 @@ class PackedQueue(Queue):
         self._next_used, self._used_wrap = base >> 16 & 0x7FFF, base >> 31 & 1
         if self._next_avail >= self.size or self._next_used >= self.size:
             raise VringError(f"ring base {base:#x} lies outside a queue of {self.size}")
-        self._signalled: int | None = None
-        self.outstanding = 0
-        self._order.clear()
+        self._inflight = None if inflight is None else PackedInflight(inflight, self.size)
+        if self._inflight and self._inflight.fresh:
+            self._inflight.begin(self._next_used | self._used_wrap << 15)
+        elif self._inflight:
+            self._recover(*self._inflight.recover(lambda position: self._load(self._flags, 8 * position + 7)))
+
+    def _recover(self, kept: list[tuple[int, bytes]], used: int) -> None:
+        self._next_used, self._used_wrap = used & 0x7FFF, used >> 15
+        count = sum(token >> 16 for token, _ in kept)
+        if self._next_used >= self.size or count > self.size:
+            raise VringError(f"the in-flight region has position {self._next_used} and {count} descriptors of a queue of {self.size}")
+        self._next_avail, self._avail_wrap = self._step(self._next_used, self._used_wrap, count)
+        for token, content in kept:
+            try:
+                self._again.append(self._parse_kept(token, content))
+            except _MalformedChain as reason:
+                self._reject(token, reason)
+                self.outstanding += token >> 16
+
+    def _parse_kept(self, token: int, content: bytes) -> DescriptorChain:
+        """A chain from the in-flight region, which kept its descriptors."""
+        if len(content) == _DESCRIPTOR_SIZE:
+            address, length, _, flags = _DESCRIPTOR.unpack(content)
+            if flags & DESC_F_INDIRECT:
+                content = bytes(self._table(address, length, content))
+        return self._chain(token, content, None)
 
     _load = staticmethod(SplitQueue._load)
     _store = staticmethod(SplitQueue._store)
 
     def available(self) -> bool:
         flags = self._load(self._flags, 8 * self._next_avail + 7)
-        return flags & PACKED_F_BOTH == (PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED)
+        return flags & PACKED_F_BOTH == (PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED) or bool(self._again)
 
     def take(self, limit: int) -> list[DescriptorChain]:
+        if self._again:
+            return self._take_again(limit)
         flags, desc, spans = self._flags, self._desc, self._spans
         tables, direct, by_table = self._tables, self._direct, self._by_table
+        inflight = self._inflight
         position, size, room = self._next_avail, self.size, self.size - self.outstanding
         wanted = PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED
         taken: list[DescriptorChain] = []
@@ -735,6 +1058,8 @@ class PackedQueue(Queue):
                     break
                 raise _BrokenRing(f"{count} more descriptors are available, with {size - room} of {size} descriptors in flight")
             room -= count
+            if inflight:
+                inflight.note_taken(((token, b"".join(self._descriptors(position, count))),))
             if refusal is not None:
                 self._reject(token, refusal)
                 rejected += 1
@@ -751,24 +1076,27 @@ class PackedQueue(Queue):
         self._avail_wrap = int(wanted == PACKED_F_AVAIL)
         self.outstanding = size - room
         self._hand_out(taken)
+        self._taken_again = False
         return taken
 
     def put_back(self, chains: Sequence[DescriptorChain]) -> None:
-        count = sum(chain._token >> 16 for chain in chains)
-        self._next_avail -= count
-        if self._next_avail < 0:
-            self._next_avail += self.size
-            self._avail_wrap ^= 1
+        if self._taken_again:
+            self._put_back_again(chains)
+            return
+        if self._inflight:
+            self._inflight.note_put_back(chain._token for chain in reversed(chains))
+        count = sum(map(self._slots, chains))
+        self._next_avail, self._avail_wrap = self._step(self._next_avail, self._avail_wrap, -count)
         self.outstanding -= count
         self._undo_hand_out(chains)
 
-    def _descriptors(self, position: int) -> list[bytes]:
-        """Copies of the descriptors from `position` to the end of the chain."""
+    def _descriptors(self, position: int, count: int = 0) -> list[bytes]:
+        """Copies of the descriptors from `position` to the end of the chain, or of just `count`."""
         copies: list[bytes] = []
         while len(copies) < self.size:
             copy = bytes(self._desc[16 * position : 16 * position + 16])
             copies.append(copy)
-            if not _DESCRIPTOR.unpack(copy)[3] & DESC_F_NEXT:
+            if len(copies) == count or not (count or _DESCRIPTOR.unpack(copy)[3] & DESC_F_NEXT):
                 return copies
             position = position + 1 if position + 1 < self.size else 0
         raise _BrokenRing(f"a chain of more than {self.size} descriptors")
@@ -805,6 +1133,8 @@ class PackedQueue(Queue):
 
     def _publish(self, batch: list[tuple[int, int]]) -> None:
         desc, size, position = self._desc, self.size, self._next_used
+        end, end_wrap = self._step(position, self._used_wrap, sum(token >> 16 for token, _ in batch))
+        entries = self._inflight.note_used((token for token, _ in batch), end | end_wrap << 15) if self._inflight else []
         first, first_flags = position, 0
         bits = PACKED_F_BOTH if self._used_wrap else 0
         for number, (token, length) in enumerate(batch):
@@ -823,8 +1153,9 @@ class PackedQueue(Queue):
         if not STRONGLY_ORDERED:
             self._fence()
         self._flags[8 * first + 7] = _swap16(first_flags) if _SWAP else first_flags
-        self._next_used = position
-        self._used_wrap = int(bits != 0)
+        self._next_used, self._used_wrap = end, end_wrap
+        if self._inflight:
+            self._inflight.note_published(entries)
 
     def enable_notification(self) -> bool:
         by_event = self.event_idx and not self.available()  # behind chains that the device leaves, no event would ever come
@@ -1000,6 +1331,7 @@ class VringState:
         self._size = max_queue_size
         self._base = 0
         self._info: tuple[int, int, int] | None = None
+        self._inflight: memoryview | None = None
         self._ready = False
         self._queue: Queue | None = None
         self._completed: list[tuple[int, int]] = []
@@ -1281,6 +1613,11 @@ class VringState:
         with self.get_mut():
             self._base = self._base & 0xFFFF | used << 16
 
+    def set_inflight(self, area: memoryview | None) -> None:
+        """The ring's part of the in-flight region, or None. Takes effect when the ring starts: it then takes again what was in flight."""
+        with self.get_mut():
+            self._inflight = area
+
     def set_queue_event_idx(self, enabled: bool) -> None:
         """Whether VIRTIO_F_EVENT_IDX is negotiated. Takes effect when the ring starts."""
         with self.get_mut():
@@ -1352,7 +1689,7 @@ class VringState:
         with self.get_mut():
             self.stop()
             self.enabled = self._ready = False
-            self.broken = self._info = None
+            self.broken = self._info = self._inflight = None
             self._base = self._features = 0
             self._size = self.max_queue_size
 
@@ -1363,7 +1700,7 @@ class VringState:
         if self.started and self._ready and self._queue is None and self._info:
             kind = PackedQueue if self._features >> VIRTIO_F_RING_PACKED & 1 else SplitQueue
             queue = kind(self._memory.memory(), self._size, self._info, self._features, self.complain)
-            queue.start(self._base)
+            queue.start(self._base, self._inflight)
             self._queue = queue
             self._completed = queue.completed
         self.active = self.started and self.enabled and self._ready and self._queue is not None and self.broken is None
@@ -1453,10 +1790,6 @@ def _clear(fd: int) -> None:
 Buffer = tuple[int, int]
 """Guest address and length in bytes of one part of a chain."""
 _Piece = tuple[int, int, int]  # guest address, length in bytes, flags
-
-
-def _align(offset: int, unit: int) -> int:
-    return -(-offset // unit) * unit
 
 
 class DriverQueue(ABC):
