@@ -1,6 +1,6 @@
 """Tests against peers that nobody here wrote, and the benchmark beside them.
 
-    python3 -m unittest discover -t . -s interop     all tests
+    python3 -m interop [-v] [NAME …]                 all tests, or those named: test_uml, test_guest_blk.Newest …
     python3 -m interop.sid                           build the chroot with the newest peers ahead of time
     python3 -m interop.bench                         our disk beside qemu-storage-daemon and the Rust crate
 
@@ -21,3 +21,21 @@ In reading order, each uses those above it:
     test_*.py       one subject each
     bench.py        figures, side by side in one run
 """
+
+from __future__ import annotations
+
+import sys
+import unittest
+from pathlib import Path
+
+
+def main() -> None:
+    """Run the tests named on the command line, or all; the options are unittest's."""
+    options = [word for word in sys.argv[1:] if word.startswith("-")]
+    names = [word for word in sys.argv[1:] if not word.startswith("-")]
+    names = names or sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
+    unittest.main(None, argv=["python3 -m interop", *options, *(f"interop.{name}" for name in names)])
+
+
+if __name__ == "__main__":
+    main()
