@@ -89,3 +89,9 @@ class InteropTest(unittest.TestCase):
         with open(path, "wb") as f:
             f.truncate(size)
         return path
+
+
+def overwrite(image: Path, content: bytes) -> None:
+    """In place: a served image that is truncated and written anew would be seen without size in between."""
+    with open(image, "r+b") as f:
+        f.write(content)

@@ -10,7 +10,7 @@ from pathlib import Path
 from . import sid
 from .diskcheck import MIB
 from .peers import Disk, Process, serve_disk
-from .support import InteropTest, needs, needs_sid, tail
+from .support import InteropTest, needs, needs_sid, overwrite, tail
 
 SIZE = 64 * MIB
 
@@ -104,7 +104,7 @@ class BlockLayer(InteropTest):
     def test_read_only(self) -> None:
         image, _ = self.serve(read_only=True)
         content = os.urandom(SIZE)
-        image.write_bytes(content)
+        overwrite(image, content)
         status, output = self.qemu_io("write -P 1 0 64k")
         self.assertNotEqual(status, 0, output)
         self.tool("qemu-img", "convert", "--image-opts", self.disk("read-only=on"), "-O", "raw", str(self.dir / "out"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .diskcheck import MIB
 from .peers import Disk, build_load, serve_disk
-from .support import PATIENCE, InteropTest
+from .support import PATIENCE, InteropTest, overwrite
 
 SIZE = 16 * MIB
 
@@ -30,7 +30,7 @@ class Load(InteropTest):
         image = self.image("disk.img", SIZE)
         backend = serve_disk(self, Disk(image), self.dir / "disk.sock")
         for way in WAYS:
-            image.write_bytes(bytes(SIZE))  # so that what is read was written this way
+            overwrite(image, bytes(SIZE))  # so that what is read was written this way
             with self.subTest(way):
                 self.load(load, "write", way)
                 self.assertNotIn(bytes(512), {image.read_bytes()[at : at + 512] for at in range(512, SIZE, MIB)})
