@@ -39,6 +39,7 @@ __all__ = [
     "MAX_REGIONS",
     "STRONGLY_ORDERED",
     "atomic_or",
+    "map_shared",
     "survive_truncation",
 ]
 
@@ -79,11 +80,12 @@ _MMAP_CAUSES = {
 }
 
 
-def _map_shared(fd: int, offset: int, size: int) -> memoryview:
+def map_shared(fd: int, offset: int, size: int) -> memoryview:
     """Map `size` bytes of `fd` from `offset`, shared, readable and writable; the view (and every slice of it) keeps the mapping alive.
 
-    Raises GuestMemoryError.
+    Raises GuestMemoryError, also for a file that is too short: touching what it has not would raise SIGBUS.
     """
+    _check_backing(fd, offset + size)
     unit = _mapping_unit(fd)
     start = offset & -unit
     length = -(-(offset - start + size) // unit) * unit  # munmap of hugetlbfs takes whole huge pages only
@@ -96,6 +98,17 @@ def _map_shared(fd: int, offset: int, size: int) -> memoryview:
     _mappings[address] = length
     weakref.finalize(mapped, _unmap, address, length).atexit = False
     return memoryview(mapped).cast("B")[offset - start : offset - start + size]
+
+
+def _check_backing(fd: int, end: int) -> None:
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_size < end:
+        raise GuestMemoryError(
+            f"the file has {status.st_size:#x} bytes, the region ends at {end:#x}: "
+            "is it the file of the memory object, and not truncated (size= and offset= as shared)?"
+        )
+    if stat.S_ISSOCK(status.st_mode) or stat.S_ISFIFO(status.st_mode) or stat.S_ISDIR(status.st_mode):
+        raise GuestMemoryError("the file descriptor is no memory at all: is guest memory shared (share=on)?")
 
 
 def _unmap(address: int, length: int) -> None:
@@ -277,8 +290,7 @@ class GuestRegionMmap:
         self.mmap_offset = mmap_offset
         self._file: int | None = None
         try:
-            _check_backing(fd, mmap_offset + size)
-            self.view = _map_shared(fd, mmap_offset, size)
+            self.view = map_shared(fd, mmap_offset, size)
         except (GuestMemoryError, OSError) as error:
             raise GuestMemoryError(f"{self}: {error}") from error
 
@@ -310,18 +322,6 @@ class GuestRegionMmap:
 
     def __str__(self) -> str:
         return f"region of {self.size:#x} bytes at guest {self.guest_addr:#x} (user {self.user_addr:#x}, offset {self.mmap_offset:#x})"
-
-
-def _check_backing(fd: int, end: int) -> None:
-    """Refuse a file that would raise SIGBUS or hide writes: too short, or no memory at all."""
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode) and status.st_size < end:
-        raise GuestMemoryError(
-            f"the file has {status.st_size:#x} bytes, the region ends at {end:#x}: "
-            "is it the file of the memory object, and not truncated (size= and offset= as shared)?"
-        )
-    if stat.S_ISSOCK(status.st_mode) or stat.S_ISFIFO(status.st_mode) or stat.S_ISDIR(status.st_mode):
-        raise GuestMemoryError("the file descriptor is no memory at all: is guest memory shared (share=on)?")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

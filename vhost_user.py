@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import fcntl
 import gc
 import json
 import logging
@@ -55,7 +56,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING or not __package__:
-    from guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, survive_truncation
+    from guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, map_shared, survive_truncation
     from vring import (
         VIRTIO_F_EVENT_IDX,
         VIRTIO_F_IN_ORDER,
@@ -66,7 +67,9 @@ if TYPE_CHECKING or not __package__:
         Buffer,
         DriverQueue,
         PackedDriverQueue,
+        PackedInflight,
         SplitDriverQueue,
+        SplitInflight,
         VringError,
         VringMutex,
         VringRwLock,
@@ -74,7 +77,7 @@ if TYPE_CHECKING or not __package__:
         VringT,
     )
 else:
-    from .guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, survive_truncation
+    from .guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, map_shared, survive_truncation
     from .vring import (
         VIRTIO_F_EVENT_IDX,
         VIRTIO_F_IN_ORDER,
@@ -85,7 +88,9 @@ else:
         Buffer,
         DriverQueue,
         PackedDriverQueue,
+        PackedInflight,
         SplitDriverQueue,
+        SplitInflight,
         VringError,
         VringMutex,
         VringRwLock,
@@ -178,7 +183,16 @@ FEATURES = sum(
 )
 """Virtio features that the framework implements for every device."""
 
-PROTOCOL_FEATURES = _PF.MQ | _PF.REPLY_ACK | _PF.BACKEND_REQ | _PF.RESET_DEVICE | _PF.CONFIGURE_MEM_SLOTS | _PF.STATUS
+PROTOCOL_FEATURES = (
+    _PF.MQ
+    | _PF.REPLY_ACK
+    | _PF.BACKEND_REQ
+    | _PF.INFLIGHT_SHMFD
+    | _PF.RESET_DEVICE
+    | _PF.CONFIGURE_MEM_SLOTS
+    | _PF.STATUS
+    | _PF.GET_VRING_BASE_INFLIGHT
+)
 """Protocol features that the framework implements for every device. CONFIG comes with a config space."""
 
 VERSION = 1
@@ -401,6 +415,20 @@ class Config(Payload):
         return f"{len(self.data)} bytes at {self.offset}, flags {self.flags}"
 
 
+@dataclass(frozen=True)
+class Inflight(Payload):
+    """The in-flight region ("Inflight description"): `mmap_size` bytes at `mmap_offset`, for `num_queues` queues of `queue_size` entries."""
+
+    LAYOUT: ClassVar = struct.Struct("=QQHH4x")
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+
+    def __str__(self) -> str:
+        return f"{self.num_queues} queues of {self.queue_size}: {self.mmap_size:#x} bytes at {self.mmap_offset:#x}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Requests
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -437,6 +465,7 @@ _ROWS = (
     Request(1, "GET_FEATURES", reply=U64),
     Request(2, "SET_FEATURES", U64),
     Request(3, "SET_OWNER"),
+    Request(4, "RESET_OWNER"),
     Request(5, "SET_MEM_TABLE", MemTable, fds=(0, MAX_FDS)),
     Request(8, "SET_VRING_NUM", VringStatePayload),
     Request(9, "SET_VRING_ADDR", VringAddr),
@@ -452,6 +481,8 @@ _ROWS = (
     Request(21, "SET_BACKEND_REQ_FD", fds=(1, 1), gate=_PF.BACKEND_REQ),
     Request(24, "GET_CONFIG", Config, reply=Config, gate=_PF.CONFIG),
     Request(25, "SET_CONFIG", Config, gate=_PF.CONFIG),
+    Request(31, "GET_INFLIGHT_FD", Inflight, reply=Inflight, gate=_PF.INFLIGHT_SHMFD),
+    Request(32, "SET_INFLIGHT_FD", Inflight, fds=(1, 1), gate=_PF.INFLIGHT_SHMFD),
     Request(34, "RESET_DEVICE", gate=_PF.RESET_DEVICE),
     Request(36, "GET_MAX_MEM_SLOTS", reply=U64, gate=_PF.CONFIGURE_MEM_SLOTS),
     Request(37, "ADD_MEM_REG", MemReg, fds=(1, 1), gate=_PF.CONFIGURE_MEM_SLOTS),
@@ -483,15 +514,19 @@ def _row_of(message: Message, table: dict[int, Request]) -> Request:
 
 
 class Message:
-    """One message as received. It owns the file descriptors that came with it: `take_fd` hands one over, `close` closes the rest."""
+    """One message as received. It owns the file descriptors that came with it: `take_fd` hands one over, `close` closes the rest.
 
-    __slots__ = ("fds", "flags", "payload", "request")
+    It owns those in `reply_fds` too, which go out with the reply.
+    """
+
+    __slots__ = ("fds", "flags", "payload", "reply_fds", "request")
 
     def __init__(self, request: int, flags: int, payload: bytes, fds: list[int]) -> None:
         self.request = request
         self.flags = flags
         self.payload = payload
         self.fds = fds
+        self.reply_fds: list[int] = []
 
     def take_fd(self) -> int:
         """The next file descriptor, the caller's from here on. Raises ProtocolError when there is none."""
@@ -500,9 +535,9 @@ class Message:
         return self.fds.pop(0)
 
     def close(self) -> None:
-        """Close what nobody took."""
-        while self.fds:
-            os.close(self.fds.pop())
+        """Close what nobody took, and what was sent back."""
+        _close_all(self.fds)
+        _close_all(self.reply_fds)
 
     def __enter__(self) -> Message:
         return self
@@ -1028,7 +1063,7 @@ class _Session:
         elif row.reply:
             if reply is None:
                 raise ProtocolError(f"{row.name}: {failure}; its reply cannot say so")
-            self._connection.send(row.number, FLAG_REPLY, reply.pack())
+            self._connection.send(row.number, FLAG_REPLY, reply.pack(), message.reply_fds)
         elif message.flags & FLAG_NEED_REPLY and self._protocol_features & _PF.REPLY_ACK:
             self._connection.send(row.number, FLAG_REPLY, U64(1 if failure else 0).pack())
 
@@ -1218,6 +1253,34 @@ class _Session:
                 self._call(self._backend.ring_stopped, index)
         return base
 
+    def _reset_owner(self, payload: Empty, message: Message) -> None:
+        for vring in self._vrings:  # deprecated; what the specification recommends for those who still send it
+            vring.set_enabled(False)
+
+    # In-flight tracking
+
+    def _inflight_stride(self, queue_size: int) -> int:
+        kind = PackedInflight if self._features >> VIRTIO_F_RING_PACKED & 1 else SplitInflight
+        return kind.bytes_for(queue_size)
+
+    def _get_inflight_fd(self, payload: Inflight, message: Message) -> Payload:
+        if not 0 < payload.num_queues <= len(self._vrings) or not 0 < payload.queue_size <= self._backend.max_queue_size:
+            raise ProtocolError(f"GET_INFLIGHT_FD for {payload.num_queues} queues of {payload.queue_size}")
+        size = payload.num_queues * self._inflight_stride(payload.queue_size)
+        fd = os.memfd_create("vhost-user-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        message.reply_fds.append(fd)
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return Inflight(size, 0, payload.num_queues, payload.queue_size)
+
+    def _set_inflight_fd(self, payload: Inflight, message: Message) -> None:
+        stride = self._inflight_stride(payload.queue_size)
+        if payload.num_queues > len(self._vrings) or payload.num_queues * stride > payload.mmap_size:
+            raise ProtocolError(f"SET_INFLIGHT_FD: {payload}: too many queues, or too few bytes for them")
+        area = map_shared(message.fds[0], payload.mmap_offset, payload.mmap_size)
+        for index, vring in enumerate(self._vrings):
+            vring.set_inflight(area[index * stride : (index + 1) * stride] if index < payload.num_queues else None)
+
     # Config space
 
     def _get_config(self, payload: Config, message: Message) -> Payload:
@@ -1313,11 +1376,23 @@ class Listener:
             self.path = None
 
 
+def _connected(path: str | os.PathLike[str]) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(os.fspath(path))
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"cannot connect to {os.fspath(path)}: {error.strerror}") from None
+    return sock
+
+
 class VhostUserDaemon:
     """Serves a device to front-ends: one control thread for the connection, and a worker for each of `queues_per_thread`.
 
     One front-end at a time: the next one is accepted after it has left.
     """
+
+    _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between attempts to reconnect
 
     def __init__(self, name: str, backend: VhostUserBackend, mem: GuestMemoryAtomic | None = None, vring: type[VringState] = VringMutex) -> None:
         """`vring` is the class of rings: VringMutex or VringRwLock. Raises ValueError for a device that cannot be."""
@@ -1346,15 +1421,14 @@ class VhostUserDaemon:
         source = listener if isinstance(listener, Listener) else Listener(listener)
         self._start(lambda: self._serve_listener(source))
 
-    def start_client(self, path: str | os.PathLike[str]) -> None:
-        """Connect to a front-end that listens, and serve it until it leaves. Raises OSError when there is none."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            sock.connect(os.fspath(path))
-        except OSError as error:
-            sock.close()
-            raise OSError(error.errno, f"cannot connect to {os.fspath(path)}: {error.strerror}") from None
-        self.start_socket(sock)
+    def start_client(self, path: str | os.PathLike[str], reconnect: bool = False) -> None:
+        """Connect to a front-end that listens, and serve it until it leaves; with `reconnect`, try for it again and again, until `shutdown`.
+
+        Raises OSError when there is none, unless it is to `reconnect`."""
+        if reconnect:
+            self._start(lambda: self._serve_client(path))
+        else:
+            self.start_socket(_connected(path))
 
     def start_socket(self, sock: socket.socket) -> None:
         """Serve a socket that was passed in: as `start` if it listens, as `start_client` if it is connected. The daemon owns it."""
@@ -1434,6 +1508,22 @@ class VhostUserDaemon:
                 self._serve_connection(sock)
         finally:
             listener.close()
+
+    def _serve_client(self, path: str | os.PathLike[str]) -> None:
+        pause = self._FIRST_PAUSE
+        stop = select.poll()
+        stop.register(self._stop.fd, select.POLLIN)
+        while not stop.poll(0):
+            try:
+                sock = _connected(path)
+            except OSError as error:
+                log.log(logging.INFO if pause == self._FIRST_PAUSE else logging.DEBUG, "%s: %s; trying again", self.name, error)
+                stop.poll(pause * 1000)
+                pause = min(2 * pause, self._LONGEST_PAUSE)
+            else:
+                pause = self._FIRST_PAUSE
+                self._serve_connection(sock)
+                stop.poll(pause * 1000)  # one that hangs up at once is not tried without end
 
     def _serve_connection(self, sock: socket.socket) -> None:
         connection = Connection(sock, self._stop.fd)
@@ -1577,11 +1667,13 @@ class Frontend:
 
     # One request
 
-    def request(self, name: str, payload: Payload = Empty(), fds: Sequence[int] = ()) -> Any:
+    def request(self, name: str, payload: Payload = Empty(), fds: Sequence[int] = (), reply_fds: list[int] | None = None) -> Any:
         """Make the request `name` of the table, and wait for its reply or, where negotiated, its acknowledgement.
 
-        Returns the reply's payload, or None. Raises Refused when the acknowledgement or a reply without payload says that it failed,
-        ProtocolError when the answer is none, Disconnected, TimeoutError."""
+        Returns the reply's payload, or None. File descriptors that come with it go into `reply_fds`, the caller's from then on.
+
+        Raises Refused when the acknowledgement or a reply without payload says that it failed, ProtocolError when the answer is none,
+        Disconnected, TimeoutError."""
         row = REQUESTS[name]
         acked = row.reply is None and bool(self.protocol_features & _PF.REPLY_ACK)
         log.debug("-> %s %s", name, payload)
@@ -1597,6 +1689,9 @@ class Frontend:
                 return None
             if row.reply is Config and not answer.payload:
                 raise Refused(f"{name} {payload} failed in the back-end")
+            if reply_fds is not None:
+                reply_fds += answer.fds
+                answer.fds.clear()
             return row.reply.unpack(answer.payload)
 
     def _ask(self, name: str) -> int:
@@ -1697,6 +1792,19 @@ class Frontend:
         assert isinstance(reply, VringStatePayload)
         return reply.num
 
+    def get_inflight(self, queues: int, size: int) -> tuple[Inflight, int]:
+        """A new in-flight region for `queues` rings of `size` entries, from the back-end: its description, and its file descriptor."""
+        fds: list[int] = []
+        region = self.request("GET_INFLIGHT_FD", Inflight(0, 0, queues, size), reply_fds=fds)
+        if len(fds) != 1:
+            _close_all(fds)
+            raise ProtocolError(f"GET_INFLIGHT_FD is answered with {len(fds)} file descriptors")
+        return region, fds[0]
+
+    def set_inflight(self, region: Inflight, fd: int) -> None:
+        """Give the region to the back-end, new or with what its last life left in flight, before the rings start."""
+        self.request("SET_INFLIGHT_FD", region, [fd])
+
     def get_config(self, offset: int, size: int) -> bytes:
         """Part of config space. Raises Refused when the back-end has none there."""
         reply = self.request("GET_CONFIG", Config(offset, 0, bytes(size)))
@@ -1790,7 +1898,7 @@ def run_device(
         if passed is not None:
             daemon.start_socket(socket.socket(fileno=passed))
         elif parsed.client:
-            daemon.start_client(parsed.socket_path)
+            daemon.start_client(parsed.socket_path, parsed.reconnect)
         else:
             daemon.start(parsed.socket_path)
         _notify_ready()
@@ -1807,6 +1915,7 @@ def _parser(kind: str, options: Callable[[argparse.ArgumentParser], object] | No
     where.add_argument("--socket-path", metavar="PATH", help="listen at this Unix socket")
     where.add_argument("--fd", type=int, metavar="FDNUM", help="use this file descriptor: a socket that listens, or one that is connected")
     parser.add_argument("--client", action="store_true", help="connect to --socket-path, where the front-end listens")
+    parser.add_argument("--reconnect", action="store_true", help="with --client: go on trying, also after the front-end has left")
     parser.add_argument("--print-capabilities", action="store_true", help="tell what this program can do, as JSON, and end")
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"), help="debug shows each message")
     if options:

@@ -271,13 +271,14 @@ class Device:
     properties: Mapping[str, bool | int | str]
     name: str = "disk0"
     bus: str = "port0"
+    reconnect: bool = False  # whether QEMU tries again when the back-end goes away
 
     def arguments(self) -> dict[str, object]:
         chardev = f"c-{self.name}"
         return {"driver": self.driver, "id": self.name, "bus": self.bus, "chardev": chardev, **self.properties}
 
     def command_line(self) -> list[str]:
-        chardev = f"socket,id=c-{self.name},path={self.socket}"
+        chardev = f"socket,id=c-{self.name},path={self.socket}" + (",reconnect-ms=100" if self.reconnect else "")
         return ["-chardev", chardev, "-device", json.dumps(self.arguments())]
 
     def plug(self, qmp: Qmp) -> None:
