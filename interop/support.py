@@ -90,6 +90,12 @@ class InteropTest(unittest.TestCase):
             f.truncate(size)
         return path
 
+    def assert_same_bytes(self, found: bytes, wanted: bytes, what: str) -> None:
+        """assertEqual would spend a minute on how to print two images."""
+        if found != wanted:
+            at = next((n for n, (a, b) in enumerate(zip(found, wanted)) if a != b), min(len(found), len(wanted)))
+            self.fail(f"{what}: {len(found)} bytes, {len(wanted)} expected; the first that differs is at {at}")
+
 
 def overwrite(image: Path, content: bytes) -> None:
     """In place: a served image that is truncated and written anew would be seen without size in between."""

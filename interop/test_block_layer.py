@@ -62,9 +62,9 @@ class BlockLayer(InteropTest):
         self.succeeds("write -P 0xa5 512 512", "write -P 0xc3 63M 1M", "flush")
         self.succeeds("read -P 0x5a 1M 64k", "read -P 0xa5 512 512", "read -P 0xc3 63M 1M", "read -P 0 0 512")
         data = image.read_bytes()
-        self.assertEqual(data[MIB : MIB + 65536], b"\x5a" * 65536)
-        self.assertEqual(data[512:1024], b"\xa5" * 512)
-        self.assertEqual(data[63 * MIB :], b"\xc3" * MIB)
+        self.assert_same_bytes(data[MIB : MIB + 65536], b"\x5a" * 65536, "image at 1M")
+        self.assert_same_bytes(data[512:1024], b"\xa5" * 512, "image at 512")
+        self.assert_same_bytes(data[63 * MIB :], b"\xc3" * MIB, "image at 63M")
 
     def test_wrong_pattern_is_noticed(self) -> None:
         """The check itself works: other data than expected fails the command."""
@@ -90,7 +90,7 @@ class BlockLayer(InteropTest):
         self.succeeds("write -P 0x5a 0 8M", "flush", "discard 1M 1M", "write -z 4M 64k", "write -z -u 5M 64k", "flush")
         self.succeeds("read -P 0 4M 64k", "read -P 0 5M 64k")
         self.succeeds("read -P 0x5a 0 1M", "read -P 0x5a 2M 2M", "read -P 0x5a 4160k 960k", "read -P 0x5a 5184k 2880k")
-        self.assertEqual(image.read_bytes()[4 * MIB : 4 * MIB + 65536], bytes(65536))
+        self.assert_same_bytes(image.read_bytes()[4 * MIB : 4 * MIB + 65536], bytes(65536), "image at 4M")
         self.assertEqual(image.stat().st_size, SIZE)
 
     def test_past_the_end(self) -> None:
@@ -108,8 +108,8 @@ class BlockLayer(InteropTest):
         status, output = self.qemu_io("write -P 1 0 64k")
         self.assertNotEqual(status, 0, output)
         self.tool("qemu-img", "convert", "--image-opts", self.disk("read-only=on"), "-O", "raw", str(self.dir / "out"))
-        self.assertEqual((self.dir / "out").read_bytes(), content)
-        self.assertEqual(image.read_bytes(), content)
+        self.assert_same_bytes((self.dir / "out").read_bytes(), content, "the copy")
+        self.assert_same_bytes(image.read_bytes(), content, "the image")
 
     def test_image_copied_in_and_out(self) -> None:
         image, _ = self.serve()
@@ -117,8 +117,8 @@ class BlockLayer(InteropTest):
         source.write_bytes(os.urandom(SIZE // 2) + bytes(SIZE // 4) + os.urandom(SIZE // 4))
         self.tool("qemu-img", "convert", "-n", "-f", "raw", str(source), "--target-image-opts", self.disk())
         self.tool("qemu-img", "convert", "--image-opts", self.disk(), "-O", "raw", str(out))
-        self.assertEqual(source.read_bytes(), out.read_bytes())
-        self.assertEqual(source.read_bytes(), image.read_bytes())
+        self.assert_same_bytes(out.read_bytes(), source.read_bytes(), "the copy")
+        self.assert_same_bytes(image.read_bytes(), source.read_bytes(), "the image")
 
     def test_bench_at_depth(self) -> None:
         """The tool that reports every failed request: reads and writes, deep, small and large, with flushes."""

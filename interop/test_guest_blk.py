@@ -112,7 +112,7 @@ class Newest(SharedGuest):
             diskcheck.same_content(guest, image)
             status, output = guest.status("dd if=/dev/urandom of=/dev/vda bs=4k count=1 conv=fsync,notrunc")
             self.assertNotEqual(status, 0, output)
-        self.assertEqual(image.read_bytes(), content)
+        self.assert_same_bytes(image.read_bytes(), content, "the image")
 
     def test_unplugged_and_plugged_again(self) -> None:
         """The back-end outlives the device and serves the next one, with what the first one wrote."""
