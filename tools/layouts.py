@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from tools.bundle import ROOT, bundle
@@ -167,7 +167,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--python", action="append", metavar="PATH", help="this interpreter instead of those that are found; may be repeated")
     parser.add_argument("--layout", action="append", choices=list(LAYOUTS), help="this layout instead of all; may be repeated")
     parser.add_argument("-k", dest="select", action="append", default=[], metavar="PATTERN", help="as unittest's")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -182,14 +181,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no CPython of 3.10 or later among those that were named", file=sys.stderr)
         return 1
     failed = 0
-    with ThreadPoolExecutor(max_workers=max(1, arguments.jobs)) as pool:
-        runs = [pool.submit(run, python, layout, arguments.select) for python in found for layout in arguments.layout or LAYOUTS]
-        for future in runs:
-            outcome = future.result()
-            failed += outcome.status != 0
-            if outcome.status:
-                print(outcome.output.rstrip())
-            print(f"{outcome.python.version:10}{outcome.layout:10}{outcome.closing}  ({outcome.seconds:.0f} s)", flush=True)
+    # One after another: tests use what a machine has once, such as its huge pages.
+    for python, layout in product(found, arguments.layout or LAYOUTS):
+        outcome = run(python, layout, arguments.select)
+        failed += outcome.status != 0
+        if outcome.status:
+            print(outcome.output.rstrip())
+        print(f"{python.version:10}{layout:10}{outcome.closing}  ({outcome.seconds:.0f} s)", flush=True)
     return 1 if failed else 0
 
 
