@@ -24,6 +24,7 @@ In reading order, each uses those above it:
 
 from __future__ import annotations
 
+import signal
 import sys
 import unittest
 from pathlib import Path
@@ -31,6 +32,8 @@ from pathlib import Path
 
 def main() -> None:
     """Run the tests named on the command line, or all; the options are unittest's."""
+    # `timeout` and CI end a run with SIGTERM: as an interrupt it unwinds, and folders and guests go with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = [word for word in sys.argv[1:] if word.startswith("-")]
     names = [word for word in sys.argv[1:] if not word.startswith("-")]
     names = names or sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
