@@ -100,10 +100,8 @@ EVENT_FLAGS_DESC = 2
 _DESCRIPTOR_SIZE = 16
 _SWAP = sys.byteorder == "big"  # rings are little-endian
 _DESCRIPTOR = struct.Struct("<QIHH")  # address, length, then flags, next (split) or id, flags (packed)
-_PACKED_USED = struct.Struct("<IHH")  # length, id, flags
 # Of a descriptor that the other side is looking at, all but the flags: pack_into clears its whole target first, and flags that are 0 for
-# a moment may mean "used" (or, on the driver side, "available").
-_PACKED_USED_HIDDEN = struct.Struct("<IH")
+# a moment may mean "available" (or, on the device side, "used").
 _PACKED_DESCRIPTOR_HIDDEN = struct.Struct("<QIH")
 _MOST_BYTES = 1 << 32  # a chain's length is a u32 in the used ring
 _EVENTFD_ONE = (1).to_bytes(8, sys.byteorder)
@@ -115,6 +113,10 @@ def _align(offset: int, unit: int) -> int:
 
 def _swap16(value: int) -> int:
     return (value & 0xFF) << 8 | value >> 8
+
+
+def _swap64(value: int) -> int:
+    return int.from_bytes(value.to_bytes(8, "little"), "big")
 
 
 @lru_cache(maxsize=256)
@@ -484,7 +486,7 @@ class Queue(ABC):
         self._misses = self._taken_before = 0
         self._direct: dict[bytes, DescriptorChain] = {}
         self._by_table: dict[bytes, DescriptorChain] = {}
-        self._tables: dict[bytes, memoryview] = {}
+        self._tables: dict[bytes, tuple[int, memoryview]] = {}  # by the descriptor's bytes: token, table
         self._spans = [slice(at, at + _DESCRIPTOR_SIZE) for at in range(0, self.size * _DESCRIPTOR_SIZE, _DESCRIPTOR_SIZE)]
 
     def _area(self, memory: GuestMemoryMmap, address: int, length: int, alignment: int, name: str) -> memoryview:
@@ -629,7 +631,7 @@ class Queue(ABC):
                 memo.clear()
             memo[key] = chain
 
-    def _table(self, address: int, length: int, key: bytes) -> memoryview:
+    def _table(self, address: int, length: int, key: bytes, token: int) -> memoryview:
         """The view of an indirect table, checked. Remembered by `key`, the bytes of its descriptor."""
         if not self._indirect:
             raise _MalformedChain("an indirect descriptor, though VIRTIO_F_INDIRECT_DESC was not negotiated")
@@ -643,7 +645,7 @@ class Queue(ABC):
             raise _MalformedChain(f"indirect table: {error}") from None
         if len(self._tables) >= self._MEMO_LIMIT:
             self._tables.clear()
-        self._tables[key] = table
+        self._tables[key] = (token, table)
         return table
 
     def _chain(self, token: int, content: bytes, first: int | None) -> DescriptorChain:
@@ -802,7 +804,7 @@ class SplitQueue(Queue):
             try:
                 key = bytes(desc[spans[head]])
                 if key in tables:
-                    content = bytes(tables[key])
+                    content = bytes(tables[key][1])
                     chain = by_table.get(content)
                     if chain is None or chain._holder is not None:
                         chain = self._parse_table(head, content)
@@ -860,7 +862,7 @@ class SplitQueue(Queue):
             if flags & DESC_F_NEXT:
                 raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
             self._spans[head] = slice(16 * head, 16 * head + 16)
-            content = bytes(self._table(address, length, copies[-1]))
+            content = bytes(self._table(address, length, copies[-1], 0))
             if len(copies) == 1:
                 return self._parse_table(head, content)
             table = self._follow(content, len(content) // 16, 0, nested=True)
@@ -938,6 +940,12 @@ class SplitQueue(Queue):
         return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
 
 
+def _is_one_chain(content: bytes) -> bool:
+    """Whether NEXT is in all of the packed ring's descriptors but the last."""
+    last = len(content) - 2
+    return not content[last] & DESC_F_NEXT and all(content[at] & DESC_F_NEXT for at in range(14, last, _DESCRIPTOR_SIZE))
+
+
 class PackedQueue(Queue):
     """The packed virtqueue (virtio 1.3 §2.8)."""
 
@@ -948,6 +956,7 @@ class PackedQueue(Queue):
     def _map(self, memory: GuestMemoryMmap, desc: int, driver: int, device: int) -> None:
         self._desc = self._area(memory, desc, 16 * self.size, 16, "descriptor ring")
         self._flags = self._desc.cast("H")
+        self._words = self._desc.cast("Q")
         self._driver_event = self._area(memory, driver, 4, 4, "driver event suppression").cast("H")
         self._device_event = self._area(memory, device, 4, 4, "device event suppression").cast("H")
 
@@ -1003,7 +1012,7 @@ class PackedQueue(Queue):
         if len(content) == _DESCRIPTOR_SIZE:
             address, length, _, flags = _DESCRIPTOR.unpack(content)
             if flags & DESC_F_INDIRECT:
-                content = bytes(self._table(address, length, content))
+                content = bytes(self._table(address, length, content, token))
         return self._chain(token, content, None)
 
     _load = staticmethod(SplitQueue._load)
@@ -1023,7 +1032,9 @@ class PackedQueue(Queue):
         wanted = PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED
         taken: list[DescriptorChain] = []
         append = taken.append
-        rejected = 0
+        rejected = token = 0
+        refusal: _MalformedChain | None
+        content: bytes | None
         while len(taken) + rejected < limit:
             value = flags[8 * position + 7]
             if (_swap16(value) if _SWAP else value) & PACKED_F_BOTH != wanted:
@@ -1031,19 +1042,19 @@ class PackedQueue(Queue):
             if not STRONGLY_ORDERED:
                 self._fence()
             key = bytes(desc[spans[position]])
+            refusal = content = None
             if key in tables:
-                token = 1 << 16 | key[12] | key[13] << 8
-                content = bytes(tables[key])
+                token, table = tables[key]
+                content = bytes(table)
                 chain = by_table.get(content)
             else:
-                content = None
                 chain = direct.get(key)
-                token = chain._token if chain is not None else 0
-            refusal: _MalformedChain | None = None
+                if chain is not None:
+                    token = chain._token
             if chain is None or chain._holder is not None:
                 # What is wrong ends the batch: those before it go first, so that they can be put back, and then it comes again.
                 try:
-                    chain, token = self._parse(position, content, token)
+                    chain, token = self._parse(position, key, content, token)
                 except _BrokenRing:
                     if taken or rejected:
                         break
@@ -1107,52 +1118,52 @@ class PackedQueue(Queue):
         identity: int = _DESCRIPTOR.unpack(copies[-1])[2]
         return len(copies) << 16 | identity
 
-    def _parse(self, position: int, content: bytes | None, token: int) -> tuple[DescriptorChain, int]:
-        """The chain at `position`, and its token. `content`: its indirect table's bytes, where it is known to have one."""
+    def _parse(self, position: int, key: bytes, content: bytes | None, token: int) -> tuple[DescriptorChain, int]:
+        """The chain at `position`, and its token. `key`: what stood there, as many descriptors as the chain had last time; `content`: its
+        indirect table's bytes, where it is known to have one."""
         if content is None:
-            copies = self._descriptors(position)
-            token = len(copies) << 16 | _DESCRIPTOR.unpack(copies[-1])[2]
-            address, length, _, flags = _DESCRIPTOR.unpack(copies[0])
-            if not flags & DESC_F_INDIRECT:
-                return self._parse_direct(position, copies, token), token
+            whole = key if _is_one_chain(key) else b"".join(self._descriptors(position))
+            count = len(whole) // _DESCRIPTOR_SIZE
+            address, length, identity, flags = _DESCRIPTOR.unpack_from(whole, 16 * (count - 1))
+            token = count << 16 | identity
+            self._spans[position] = slice(16 * position, 16 * (position + count))  # a guess for the next time
+            if not flags & DESC_F_INDIRECT or count > 1:
+                chain = self._chain(token, whole, None)
+                if position + count <= self.size:
+                    self._remember(self._direct, whole, chain)
+                return chain, token
             if flags & DESC_F_NEXT:
                 raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
-            content = bytes(self._table(address, length, copies[0]))
-            self._spans[position] = slice(16 * position, 16 * position + 16)
+            content = bytes(self._table(address, length, whole, token))
         chain = self._chain(token, content, None)
         self._remember(self._by_table, content, chain)
         return chain, token
 
-    def _parse_direct(self, position: int, copies: list[bytes], token: int) -> DescriptorChain:
-        content = b"".join(copies)
-        chain = self._chain(token, content, None)
-        if position + len(copies) <= self.size:
-            self._spans[position] = slice(16 * position, 16 * position + len(content))
-            self._remember(self._direct, content, chain)
-        return chain
-
     def _publish(self, batch: list[tuple[int, int]]) -> None:
-        desc, size, position = self._desc, self.size, self._next_used
-        end, end_wrap = self._step(position, self._used_wrap, sum(token >> 16 for token, _ in batch))
+        words, size, position = self._words, self.size, self._next_used
+        count = sum([token >> 16 for token, _ in batch])
+        end, end_wrap = self._step(position, self._used_wrap, count)
         entries = self._inflight.note_used((token for token, _ in batch), end | end_wrap << 15) if self._inflight else []
-        first, first_flags = position, 0
-        bits = PACKED_F_BOTH if self._used_wrap else 0
-        for number, (token, length) in enumerate(batch):
-            flags = bits | DESC_F_WRITE if length else bits
-            if number:
-                _PACKED_USED.pack_into(desc, 16 * position + 8, length, token & 0xFFFF, flags)
-            else:  # the first one's flags show the whole batch: they come last
-                first_flags = flags
-                _PACKED_USED_HIDDEN.pack_into(desc, 16 * position + 8, length, token & 0xFFFF)
-            count = token >> 16
-            self.outstanding -= count
-            position += count
+        # Length, id and flags of a used descriptor are one aligned 64-bit store, and so seen as a whole; the first one's comes last: it
+        # shows the batch.
+        bits = PACKED_F_BOTH << 48 if self._used_wrap else 0
+        first, first_value = 2 * position + 1, -1
+        for token, length in batch:
+            value = length | (token & 0xFFFF) << 32 | bits | (DESC_F_WRITE << 48 if length else 0)
+            if _SWAP:
+                value = _swap64(value)
+            if first_value < 0:
+                first_value = value
+            else:
+                words[2 * position + 1] = value
+            position += token >> 16
             if position >= size:
                 position -= size
-                bits ^= PACKED_F_BOTH
+                bits ^= PACKED_F_BOTH << 48
         if not STRONGLY_ORDERED:
             self._fence()
-        self._flags[8 * first + 7] = _swap16(first_flags) if _SWAP else first_flags
+        words[first] = first_value
+        self.outstanding -= count
         self._next_used, self._used_wrap = end, end_wrap
         if self._inflight:
             self._inflight.note_published(entries)
@@ -1395,7 +1406,8 @@ class VringState:
     def __iter__(self) -> Iterator[DescriptorChain]:
         """Every chain that is available, up to a budget. The ring's lock is held meanwhile. What a loop that is left early has not
         been given stays available."""
-        with self.batch():
+        self._enter()
+        try:
             total = 0
             while total < self._BUDGET:
                 chains = self._take()
@@ -1412,6 +1424,8 @@ class VringState:
                         self._queue.put_back(rest)
                 self._flush()
             self._stayed_busy()
+        finally:
+            self._leave()
 
     def _ran_empty(self, total: int) -> None:
         """All there was, `total` chains, has been served: if at one go, go half as far the next time.
@@ -1464,17 +1478,23 @@ class VringState:
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Gather the completions made inside, publish them together at the end, and signal once. Nests."""
-        self._lock.acquire()
-        self._depth += 1
+        self._enter()
         try:
             yield
         finally:
-            try:
-                if self._depth == 1:
-                    self._flush()
-            finally:
-                self._depth -= 1
-                self._release()
+            self._leave()
+
+    def _enter(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def _leave(self) -> None:
+        try:
+            if self._depth == 1:
+                self._flush()
+        finally:
+            self._depth -= 1
+            self._release()
 
     def drain(self, process: Callable[[VringT], object]) -> bool:
         """Let `process` (which iterates over the ring) take all there is, then arm notifications. Returns whether chains are left.
@@ -1483,7 +1503,8 @@ class VringState:
         """
         armed = False
         for _ in range(self._PASSES):
-            with self.batch():
+            self._enter()
+            try:
                 queue = self._queue
                 if queue is None or not self.active:
                     return False
@@ -1501,6 +1522,8 @@ class VringState:
                     if not queue.enable_notification():
                         return False
                     armed = declined  # something came before that: look again, the last time if the device declines
+            finally:
+                self._leave()
         return True
 
     def _flush(self) -> None:
