@@ -9,6 +9,7 @@ In reading order:
 - Order between CPUs `Fence`, the full memory fence; `atomic_or`, the atomic OR on a shared word
 - Regions            `GuestRegionMmap`: one mapped range of guest addresses
 - Memory             `GuestMemoryMmap`: an immutable set of regions, address translation, reads and writes
+- Dirty log          `DirtyLog`: which pages were written, for live migration
 - Snapshots          `GuestMemoryAtomic`: the current set, swapped as a whole
 
 `vring` walks rings and buffers through `GuestMemoryMmap`; `vhost_user` builds the regions from messages.
@@ -23,14 +24,18 @@ import ctypes
 import errno
 import os
 import platform
+import select
 import signal
 import stat
+import sys
 import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 __all__ = [
+    "DirtyLog",
     "Fence",
     "GuestMemoryAtomic",
     "GuestMemoryError",
@@ -375,6 +380,11 @@ class GuestMemoryMmap:
                 return region
         return None
 
+    def guest_ranges(self, view: memoryview) -> list[tuple[int, int]]:
+        """(guest address, length) of a view that `view` or `views` gave, where the region is still there."""
+        start = _address_of(view)
+        return [(region.guest_addr + start - host, len(view)) for region in self.regions if (host := region.host_addr) <= start < host + region.size]
+
     def user_to_guest(self, user_addr: int, length: int = 1) -> int:
         """The guest address of the front-end's address. Raises GuestMemoryError unless `length` bytes from it lie in one region."""
         position = bisect_right(self._user_starts, user_addr) - 1
@@ -426,6 +436,65 @@ def _check_overlap(regions: Sequence[GuestRegionMmap], starts: list[int], kind: 
     for (lower, start), following, upper in zip(zip(regions, starts), starts[1:], regions[1:]):
         if start + lower.size > following:
             raise GuestMemoryError(f"{lower} and {upper} overlap in {kind} addresses")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Dirty log
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class DirtyLog:
+    """The log of pages that this process has written, for a front-end that migrates the guest (vhost-user, "Migration").
+
+    One bit for each 4 KiB page of guest addresses, shared with the front-end and with its other back-ends. `mark` gathers, `commit` sets
+    the bits, after what they stand for has been written. Any thread may do either.
+    """
+
+    PAGE = 0x1000
+
+    def __init__(self, view: memoryview, notify: int | None = None) -> None:
+        """`view`: the shared bytes. `notify`: an eventfd to signal after changes; the caller's."""
+        self._view = view[: len(view) // 4 * 4]
+        self._words = self._view.cast("I")
+        self._notify = notify
+        self._room = select.poll()  # tells whether the eventfd can be written without waiting
+        if notify is not None:
+            self._room.register(notify, select.POLLOUT)
+        self._gathered: dict[int, int] = {}  # word -> bits
+        self._lock = threading.Lock()
+        self._fence = Fence()
+
+    def mark(self, guest_addr: int, length: int) -> None:
+        """Note that `length` bytes at the guest address were or are being written. Pages beyond the log are not noted."""
+        if length <= 0:
+            return
+        last = min((guest_addr + length - 1) // self.PAGE, 32 * len(self._words) - 1)
+        gathered = self._gathered
+        with self._lock:
+            for page in range(guest_addr // self.PAGE, last + 1):
+                # Bytes hold eight pages each in rising order, whatever the byte order of words is.
+                bit = page & 31 if sys.byteorder == "little" else page & 31 ^ 24
+                gathered[page >> 5] = gathered.get(page >> 5, 0) | 1 << bit
+
+    def commit(self) -> None:
+        """Set the bits of all that was marked.
+
+        A bit that is set already needs no store: the fence puts our look at it behind our writes, so that whoever clears it later copies
+        the page with them."""
+        with self._lock:
+            if not self._gathered:
+                return
+            gathered, self._gathered = self._gathered, {}
+            self._fence()
+            changed = False
+            for word, bits in gathered.items():
+                missing = bits & ~self._words[word]
+                if missing:
+                    atomic_or(self._view[4 * word : 4 * word + 4], missing)
+                    changed = True
+        if changed and self._notify is not None and self._room.poll(0):  # full: it is signalled already
+            with suppress(OSError):  # no eventfd at all
+                os.eventfd_write(self._notify, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

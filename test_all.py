@@ -61,7 +61,7 @@ if BUNDLE and sys.modules.get("vhost_user") is not sys.modules.get("vring", sys)
 
 if TYPE_CHECKING or BUNDLE or not __package__:
     import vhost_user
-    from guest_memory import MAX_REGIONS, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, atomic_or
+    from guest_memory import MAX_REGIONS, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, atomic_or
     from vhost_user import (
         FEATURES,
         PROTOCOL_FEATURES,
@@ -75,6 +75,7 @@ if TYPE_CHECKING or BUNDLE or not __package__:
         FrontendQueue,
         Inflight,
         Listener,
+        Log,
         MemReg,
         MemRegion,
         MemTable,
@@ -103,7 +104,7 @@ if TYPE_CHECKING or BUNDLE or not __package__:
     )
 else:
     from . import vhost_user
-    from .guest_memory import MAX_REGIONS, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, atomic_or
+    from .guest_memory import MAX_REGIONS, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, atomic_or
     from .vhost_user import (
         FEATURES,
         PROTOCOL_FEATURES,
@@ -117,6 +118,7 @@ else:
         FrontendQueue,
         Inflight,
         Listener,
+        Log,
         MemReg,
         MemRegion,
         MemTable,
@@ -2409,6 +2411,8 @@ EXAMPLES: dict[str, bytes] = {
     "SET_BACKEND_REQ_FD": b"",
     "GET_CONFIG": Config(0, 0, bytes(8)).pack(),
     "SET_CONFIG": Config(0, 0, b"new").pack(),
+    "SET_LOG_BASE": Log(PAGE, 0).pack(),
+    "SET_LOG_FD": b"",
     "GET_INFLIGHT_FD": Inflight(0, 0, 2, 16).pack(),
     "SET_INFLIGHT_FD": Inflight(PAGE, 0, 2, 16).pack(),
     "RESET_DEVICE": b"",
@@ -2420,7 +2424,17 @@ EXAMPLES: dict[str, bytes] = {
 }
 """A payload that is right, for each request."""
 
-NEED_FD = {"SET_INFLIGHT_FD", "SET_MEM_TABLE", "ADD_MEM_REG", "SET_VRING_KICK", "SET_VRING_CALL", "SET_VRING_ERR", "SET_BACKEND_REQ_FD"}
+NEED_FD = {
+    "SET_LOG_BASE",
+    "SET_LOG_FD",
+    "SET_INFLIGHT_FD",
+    "SET_MEM_TABLE",
+    "ADD_MEM_REG",
+    "SET_VRING_KICK",
+    "SET_VRING_CALL",
+    "SET_VRING_ERR",
+    "SET_BACKEND_REQ_FD",
+}
 
 
 class WireTest(DaemonTest):
@@ -2439,7 +2453,13 @@ class WireTest(DaemonTest):
         """The descriptors that go with the example of a request."""
         if name not in NEED_FD:
             return []
-        return [self.memory_fd if "MEM" in name or "INFLIGHT" in name else self.socket_fd if "BACKEND" in name else self.event_fd]
+        return [
+            self.memory_fd
+            if "MEM" in name or "INFLIGHT" in name or name == "SET_LOG_BASE"
+            else self.socket_fd
+            if "BACKEND" in name
+            else self.event_fd
+        ]
 
     @contextlib.contextmanager
     def served(self, device: VhostUserBackend | None = None) -> Iterator[Served]:
@@ -2757,7 +2777,7 @@ class EachRequestTests(WireTest):
             peer.msg("GET_FEATURES", expect=u64(FEATURES | 1 << 5))
         with self.served(Fewer()) as served, served.peer() as peer:
             peer.msg("GET_FEATURES", expect=u64((FEATURES | 1 << 5) & ~PACKED & ~IN_ORDER))
-        self.assertEqual(FEATURES, INDIRECT | EVENT_IDX | PROTOCOL | VERSION_1 | PACKED | IN_ORDER | RING_RESET)
+        self.assertEqual(FEATURES, 1 << 26 | INDIRECT | EVENT_IDX | PROTOCOL | VERSION_1 | PACKED | IN_ORDER | RING_RESET)
 
     def test_set_features(self) -> None:
         device = Echo()
@@ -2812,6 +2832,22 @@ class EachRequestTests(WireTest):
             peer.msg("RESET_OWNER")
             vring = served.daemon.vrings[0]
             self.assertEqual((vring.started, vring.enabled), (True, False))
+
+    def test_set_log_base(self) -> None:
+        """Answered always, by a message of its own; a file that is too short ends the connection, since that message cannot say so."""
+        with self.served() as served:
+            with served.peer() as peer:
+                peer.msg("SET_LOG_BASE", Log(PAGE, PAGE).pack(), [self.memory_fd], expect=u64(0))
+            with self.rejected(served, "SET_LOG_BASE: .*its reply cannot say so") as peer:
+                peer.send(6, Log(PAGE, 64 * PAGE).pack(), fds=[self.memory_fd])
+
+    def test_set_log_fd(self) -> None:
+        """Kept until the next one, or the end."""
+        with self.served() as served, served.peer() as peer:
+            before = len(open_fds())
+            for _ in range(3):
+                peer.msg("SET_LOG_FD", b"", [self.event_fd])
+                self.assertEqual(len(open_fds()), before + 1)
 
     def test_get_inflight_fd(self) -> None:
         """A region of zeroes that nobody can cut short, large enough for the queues."""
@@ -3403,6 +3439,89 @@ class RingStateTests(DaemonTest):
             device.complete()
             with frontend.connection.receive(PATIENCE) as answer:
                 self.assertEqual(answer.payload, u64(0))
+
+
+class DirtyLogTests(DaemonTest):
+    """Live migration: what the device writes is marked in the front-end's log."""
+
+    LOG_ALL = 1 << 26
+
+    def logged(self, log: memoryview) -> set[int]:
+        """The pages whose bits are set, and cleared now, as a front-end harvests them."""
+        pages = {8 * at + bit for at, byte in enumerate(log) for bit in range(8) if byte >> bit & 1}
+        log[:] = bytes(len(log))
+        return pages
+
+    def test_only_while_log_all_is_set(self) -> None:
+        """rule 17: it is switched by SET_FEATURES while rings run. All of a chain's writable parts count, whatever length was reported."""
+        for packed in False, True:
+            log = GuestMemoryMmap.from_ranges([(0, 16 * PAGE)])
+            view = log.view(0, 16 * PAGE)
+            with self.connected(Echo(), packed=packed) as frontend:
+                queue = frontend.queues[0]
+                start = -(-frontend.arena[0] // 0x1000) * 0x1000
+                page = start // 0x1000
+                frontend.request("SET_LOG_BASE", Log(16 * PAGE, 0), [log.regions[0].fileno()])
+
+                def run(queue: FrontendQueue = queue, start: int = start) -> None:
+                    queue.submit([(start, 4)], [(start + 0x1000, 2), (start + 0x3FFF, 2), (start + 0x5000, 4)])
+                    queue.wait(PATIENCE)
+
+                run()
+                self.assertEqual(self.logged(view), set())
+                frontend.request("SET_FEATURES", U64(frontend.features | self.LOG_ALL))
+                for _ in range(2):
+                    run()
+                    self.assertEqual(self.logged(view), {page + 1, page + 3, page + 4, page + 5})
+                frontend.request("SET_FEATURES", U64(frontend.features))
+                run()
+                self.assertEqual(self.logged(view), set())
+
+    def test_used_ring_at_its_own_log_address(self) -> None:
+        """rule 17: with VHOST_VRING_F_LOG, and the address need not be in RAM."""
+        log = GuestMemoryMmap.from_ranges([(0, 4 * PAGE)])
+        view = log.view(0, 4 * PAGE)
+        with self.connected(Echo()) as frontend:
+            queue = frontend.queues[0]
+            start = -(-frontend.arena[0] // 0x1000) * 0x1000
+            frontend.request("SET_LOG_BASE", Log(4 * PAGE, 0), [log.regions[0].fileno()])
+            frontend.request("SET_FEATURES", U64(frontend.features | self.LOG_ALL))
+            desc, available, used = map(frontend.user_addr, queue.driver.areas)
+            frontend.request("SET_VRING_ADDR", VringAddr(0, VringAddr.LOG_USED, desc, used, available, 0x5000))
+            queue.submit([], [(start, 4)])
+            queue.wait(PATIENCE)
+            wait_until(lambda: 5 in self.logged(view), "the used ring to be logged")
+            frontend.request("SET_VRING_ADDR", VringAddr(0, 0, desc, used, available, 0x5000))
+            self.logged(view)
+            queue.submit([], [(start, 4)])
+            queue.wait(PATIENCE)
+            self.assertNotIn(5, self.logged(view))
+
+    def test_log_that_is_too_small(self) -> None:
+        """Pages beyond it are not marked, and nothing beyond it is written."""
+        log = GuestMemoryMmap.from_ranges([(0, PAGE)])
+        with self.connected(Echo()) as frontend:
+            frontend.request("SET_LOG_BASE", Log(8, 16), [log.regions[0].fileno()])
+            frontend.request("SET_FEATURES", U64(frontend.features | self.LOG_ALL))
+            self.echo(frontend, frontend.queues[0])
+            self.assertEqual(log.read(0, PAGE), bytes(PAGE))
+
+    def test_bits_are_set_atomically_and_announced(self) -> None:
+        """Bits of others in the same word stay; SET_LOG_FD's eventfd tells of a change, once for each."""
+        log = memoryview(bytearray(64))
+        log[5] = 0x81
+        announced = self.eventfd()
+        dirty = DirtyLog(log, announced)
+        dirty.mark(43 * 0x1000, 1)
+        dirty.mark(200 * 0x1000 - 1, 2)
+        self.assertEqual(self.logged(memoryview(bytearray(log))), {40, 47})
+        dirty.commit()
+        self.assertEqual(self.logged(memoryview(bytearray(log))), {40, 43, 47, 199, 200})
+        self.assertTrue(is_readable(announced))
+        os.eventfd_read(announced)
+        dirty.mark(43 * 0x1000, 1)
+        dirty.commit()
+        self.assertFalse(is_readable(announced), "nothing has changed")
 
 
 class MemoryChangeTests(DaemonTest):

@@ -56,7 +56,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING or not __package__:
-    from guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, map_shared, survive_truncation
+    from guest_memory import (
+        MAX_REGIONS,
+        DirtyLog,
+        GuestMemoryAtomic,
+        GuestMemoryError,
+        GuestMemoryMmap,
+        GuestRegionMmap,
+        map_shared,
+        survive_truncation,
+    )
     from vring import (
         VIRTIO_F_EVENT_IDX,
         VIRTIO_F_IN_ORDER,
@@ -77,7 +86,16 @@ if TYPE_CHECKING or not __package__:
         VringT,
     )
 else:
-    from .guest_memory import MAX_REGIONS, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, map_shared, survive_truncation
+    from .guest_memory import (
+        MAX_REGIONS,
+        DirtyLog,
+        GuestMemoryAtomic,
+        GuestMemoryError,
+        GuestMemoryMmap,
+        GuestRegionMmap,
+        map_shared,
+        survive_truncation,
+    )
     from .vring import (
         VIRTIO_F_EVENT_IDX,
         VIRTIO_F_IN_ORDER,
@@ -134,6 +152,9 @@ log = logging.getLogger("vhost_user")
 # Facts
 # ---------------------------------------------------------------------------------------------------------------------------
 
+VHOST_F_LOG_ALL = 26
+"""The virtio feature bit that has the back-end log what it writes; switched on and off while rings run (vhost-user, "Migration")."""
+
 VHOST_USER_F_PROTOCOL_FEATURES = 30
 """The virtio feature bit that says there are protocol features (vhost-user, "Feature negotiation")."""
 
@@ -172,6 +193,7 @@ _NO_GATE = VhostUserProtocolFeatures(0)
 FEATURES = sum(
     1 << bit
     for bit in (
+        VHOST_F_LOG_ALL,
         VIRTIO_F_INDIRECT_DESC,
         VIRTIO_F_EVENT_IDX,
         VHOST_USER_F_PROTOCOL_FEATURES,
@@ -185,6 +207,7 @@ FEATURES = sum(
 
 PROTOCOL_FEATURES = (
     _PF.MQ
+    | _PF.LOG_SHMFD
     | _PF.REPLY_ACK
     | _PF.BACKEND_REQ
     | _PF.INFLIGHT_SHMFD
@@ -294,6 +317,7 @@ class VringAddr(Payload):
     """A ring's areas, in user addresses ("vring address description")."""
 
     LAYOUT: ClassVar = struct.Struct("=IIQQQQ")
+    LOG_USED: ClassVar = 1 << 0  # VHOST_VRING_F_LOG
     index: int
     flags: int
     descriptor: int
@@ -388,6 +412,18 @@ class MemTable(Payload):
 
 
 @dataclass(frozen=True)
+class Log(Payload):
+    """The dirty log: `size` bytes at `offset` of the file that comes along ("Log description")."""
+
+    LAYOUT: ClassVar = struct.Struct("=QQ")
+    size: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.size:#x} bytes at {self.offset:#x}"
+
+
+@dataclass(frozen=True)
 class Config(Payload):
     """A part of the device's config space ("Virtio device config space")."""
 
@@ -467,6 +503,8 @@ _ROWS = (
     Request(3, "SET_OWNER"),
     Request(4, "RESET_OWNER"),
     Request(5, "SET_MEM_TABLE", MemTable, fds=(0, MAX_FDS)),
+    Request(6, "SET_LOG_BASE", Log, reply=U64, fds=(1, 1), gate=_PF.LOG_SHMFD),
+    Request(7, "SET_LOG_FD", fds=(1, 1)),
     Request(8, "SET_VRING_NUM", VringStatePayload),
     Request(9, "SET_VRING_ADDR", VringAddr),
     Request(10, "SET_VRING_BASE", VringStatePayload),
@@ -1007,6 +1045,8 @@ class _Session:
         self._status = 0
         self._addresses: list[VringAddr | None] = [None] * len(self._vrings)
         self._channel: BackendChannel | None = None
+        self._log_view: memoryview | None = None
+        self._log_fd: int | None = None
 
     def run(self) -> None:
         """Serve the connection to its end. Raises ProtocolError, Disconnected, InterruptedError; whatever it is, rings are stopped and
@@ -1026,6 +1066,8 @@ class _Session:
             self._vrings[index].set_err(None)
         if self._channel:
             self._channel.close()
+        if self._log_fd is not None:
+            os.close(self._log_fd)
         self._memory.replace(GuestMemoryMmap())
         for hook, arguments in (self._backend.update_memory, (self._memory,)), (self._backend.disconnected, ()):
             try:
@@ -1092,6 +1134,7 @@ class _Session:
             vring.set_queue_features(payload.value)
             if not payload.value >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
                 vring.set_enabled(True)  # there is no SET_VRING_ENABLE then (vhost-user, "Ring states")
+        self._switch_log()
         self._call(self._backend.acked_features, payload.value)
         self._call(self._backend.set_event_idx, bool(payload.value >> VIRTIO_F_EVENT_IDX & 1))
 
@@ -1152,6 +1195,26 @@ class _Session:
             self._place(index)
         self._call(self._backend.update_memory, self._memory)
 
+    # Dirty log
+
+    def _set_log_base(self, payload: Log, message: Message) -> Payload:
+        self._log_view = map_shared(message.fds[0], payload.offset, payload.size)
+        self._switch_log()
+        return U64(0)
+
+    def _set_log_fd(self, payload: Empty, message: Message) -> None:
+        if self._log_fd is not None:
+            os.close(self._log_fd)
+        self._log_fd = message.take_fd()
+        self._switch_log()
+
+    def _switch_log(self) -> None:
+        """Log, or do not, as the front-end wants it now."""
+        wanted = self._log_view is not None and self._features >> VHOST_F_LOG_ALL & 1
+        log = DirtyLog(self._log_view, self._log_fd) if wanted and self._log_view is not None else None
+        for vring in self._vrings:
+            vring.set_log(log)
+
     def _get_max_mem_slots(self, payload: Empty, message: Message) -> Payload:
         return U64(MAX_REGIONS)
 
@@ -1184,6 +1247,7 @@ class _Session:
         vring, address = self._vrings[index], self._addresses[index]
         if address is None:
             return
+        vring.set_used_log(address.log if address.flags & VringAddr.LOG_USED else None)
         translate = self._memory.memory().user_to_guest
         try:
             vring.set_queue_info(translate(address.descriptor), translate(address.available), translate(address.used))
@@ -1302,6 +1366,7 @@ class _Session:
             vring.reset()
             vring.set_queue_features(self._features)
         self._addresses = [None] * len(self._vrings)
+        self._switch_log()
         self._status = 0
         self._call(self._backend.reset_device)
 

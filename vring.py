@@ -37,9 +37,9 @@ from itertools import chain as concatenate
 from typing import TYPE_CHECKING, Any, ContextManager, Protocol
 
 if TYPE_CHECKING or not __package__:
-    from guest_memory import STRONGLY_ORDERED, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap
+    from guest_memory import STRONGLY_ORDERED, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap
 else:
-    from .guest_memory import STRONGLY_ORDERED, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap
+    from .guest_memory import STRONGLY_ORDERED, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap
 
 __all__ = [
     "DescriptorChain",
@@ -472,11 +472,14 @@ class Queue(ABC):
         self._taken_again = False  # whether the last `take` was of those
         self._fence = Fence()
         self._complain = complaint
+        self.log: DirtyLog | None = None
+        self.log_used_at: int | None = None  # where the log has the used ring; None: that is not logged
         self.move(memory, areas)
 
     def move(self, memory: GuestMemoryMmap, areas: tuple[int, int, int]) -> None:
         """Go on in another snapshot of guest memory, or at other addresses; the ring's state stays. Raises as the constructor does."""
         self._map(memory, *areas)
+        self._areas = areas
         self._memory = memory
         self._forget()
 
@@ -565,6 +568,20 @@ class Queue(ABC):
         del self.completed[: len(batch)]
         if batch:
             self._publish(batch)
+            if self.log:
+                self.log.commit()
+
+    def log_written(self, chain: DescriptorChain) -> None:
+        """Mark all that the device may have written into a chain, whatever length it reports."""
+        if self.log:
+            for view in chain.writable:
+                for address, length in self._memory.guest_ranges(view):
+                    self.log.mark(address, length)
+
+    def _log_used(self, offset: int, length: int) -> None:
+        """Mark what was written to the used ring (packed: to the device event suppression area)."""
+        if self.log and self.log_used_at is not None:
+            self.log.mark(self.log_used_at + offset, length)
 
     def _begin(self) -> None:
         self._signalled: int | None = None
@@ -912,6 +929,10 @@ class SplitQueue(Queue):
             self._fence()
         self._next_used = index = (self._next_used + count) & 0xFFFF
         self._used16[1] = _swap16(index) if _SWAP else index
+        if self.log:
+            self._log_used(0, 4)
+            self._log_used(4 + 8 * start, 8 * min(count, size - start))
+            self._log_used(4, 8 * max(0, start + count - size))
         self.outstanding -= count
         if self._inflight:
             self._inflight.note_published((token for token, _ in batch), index)
@@ -921,6 +942,10 @@ class SplitQueue(Queue):
             self._store(self._used16, self._avail_event, self._load(self._avail, 1))
         else:
             self._store(self._used16, 0, 0)
+        if self.log:
+            self._log_used(2 * self._avail_event, 2)
+            self._log_used(0, 2)
+            self.log.commit()
         self._fence()
         return self.available()
 
@@ -1163,6 +1188,8 @@ class PackedQueue(Queue):
         if not STRONGLY_ORDERED:
             self._fence()
         words[first] = first_value
+        if self.log and self.log_used_at is not None:  # the ring itself, which the front-end has no other address for
+            self.log.mark(self._areas[0], 16 * size)
         self.outstanding -= count
         self._next_used, self._used_wrap = end, end_wrap
         if self._inflight:
@@ -1175,6 +1202,9 @@ class PackedQueue(Queue):
             if not STRONGLY_ORDERED:
                 self._fence()
         self._store(self._device_event, 1, EVENT_FLAGS_DESC if by_event else EVENT_FLAGS_ENABLE)
+        if self.log:
+            self._log_used(0, 4)
+            self.log.commit()
         self._fence()
         return self.available()
 
@@ -1343,6 +1373,8 @@ class VringState:
         self._base = 0
         self._info: tuple[int, int, int] | None = None
         self._inflight: memoryview | None = None
+        self._log: DirtyLog | None = None
+        self._log_used_at: int | None = None
         self._ready = False
         self._queue: Queue | None = None
         self._completed: list[tuple[int, int]] = []
@@ -1464,10 +1496,14 @@ class VringState:
             chain._holder = None
             return
         chain._holder = None
-        if queue.in_order:
+        if queue.in_order or queue.log:
             self._lock.acquire()
             try:
-                queue.complete_in_order(chain, length)
+                queue.log_written(chain)
+                if queue.in_order:
+                    queue.complete_in_order(chain, length)
+                else:
+                    self._completed.append((chain._token, length))
             finally:
                 self._lock.release()
         else:
@@ -1641,6 +1677,20 @@ class VringState:
         with self.get_mut():
             self._inflight = area
 
+    def set_log(self, log: DirtyLog | None) -> None:
+        """From here on, mark in `log` whatever the device writes into chains; None: nothing."""
+        with self.get_mut():
+            self._log = log
+            if self._queue:
+                self._queue.log = log
+
+    def set_used_log(self, guest_addr: int | None) -> None:
+        """Where a log has the used ring (the address need not be in RAM); None: writes to it are not logged."""
+        with self.get_mut():
+            self._log_used_at = guest_addr
+            if self._queue:
+                self._queue.log_used_at = guest_addr
+
     def set_queue_event_idx(self, enabled: bool) -> None:
         """Whether VIRTIO_F_EVENT_IDX is negotiated. Takes effect when the ring starts."""
         with self.get_mut():
@@ -1712,7 +1762,7 @@ class VringState:
         with self.get_mut():
             self.stop()
             self.enabled = self._ready = False
-            self.broken = self._info = self._inflight = None
+            self.broken = self._info = self._inflight = self._log = self._log_used_at = None
             self._base = self._features = 0
             self._size = self.max_queue_size
 
@@ -1724,6 +1774,7 @@ class VringState:
             kind = PackedQueue if self._features >> VIRTIO_F_RING_PACKED & 1 else SplitQueue
             queue = kind(self._memory.memory(), self._size, self._info, self._features, self.complain)
             queue.start(self._base, self._inflight)
+            queue.log, queue.log_used_at = self._log, self._log_used_at
             self._queue = queue
             self._completed = queue.completed
         self.active = self.started and self.enabled and self._ready and self._queue is not None and self.broken is None

@@ -232,11 +232,13 @@ def accelerator() -> list[str]:
 class QemuGuest(Guest):
     """A guest under QEMU; It runs until `kill`."""
 
-    def __init__(self, machine: Machine, folder: Path, devices: Sequence[Device] = (), *, cpus: int = 1) -> None:
+    def __init__(self, machine: Machine, folder: Path, devices: Sequence[Device] = (), *, cpus: int = 1, incoming: bool = False) -> None:
+        """`incoming`: it waits for a migration instead of booting; its commands go to the guest that arrives."""
         machine.require()
         kernel = machine.kernel()
         images = [initramfs.elf_kernel(kernel), initramfs.build(kernel.modules)]
-        console = folder / "console.log"
+        name = "incoming" if incoming else "console"
+        console = folder / f"{name}.log"
         console.write_bytes(b"")
         (agent, agent_far), (qmp, qmp_far) = socket.socketpair(), socket.socketpair()
         argv = [
@@ -244,16 +246,18 @@ class QemuGuest(Guest):
             *("-machine", "q35,memory-backend=mem", "-object", "memory-backend-memfd,id=mem,size=512M,share=on"),
             *("-m", "512M", "-smp", str(cpus), *machine.options()),
             *("-kernel", str(images[0]), "-initrd", str(images[1])),
-            *("-append", "console=ttyS0 agent=/dev/ttyS1 loglevel=5 nokaslr mitigations=off hung_task_panic=0"),
+            # init_on_alloc=0: else the guest itself dirties each page just before a device writes to it, and a lost dirty log goes unnoticed.
+            *("-append", "console=ttyS0 agent=/dev/ttyS1 loglevel=5 nokaslr mitigations=off hung_task_panic=0 init_on_alloc=0"),
             *("-chardev", f"file,id=console,path={console},append=on", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=agent,fd={agent_far.fileno()}", "-serial", "chardev:agent"),
             *("-chardev", f"socket,id=qmp,fd={qmp_far.fileno()}", "-qmp", "chardev:qmp"),
             *("-device", "pcie-root-port,id=port0,slot=1", "-device", "pcie-root-port,id=port1,slot=2"),
             *(word for device in devices for word in device.command_line()),
+            *(["-incoming", "defer"] if incoming else []),
         ]
         with agent_far, qmp_far:
             fds = (agent_far.fileno(), qmp_far.fileno())
-            process = Process(machine.command(argv, [folder, sid.CACHE]), folder / "qemu.log", pass_fds=fds)
+            process = Process(machine.command(argv, [folder, sid.CACHE]), folder / f"qemu-{name}.log", pass_fds=fds)
         super().__init__(process, console, agent)
         self.qmp = Qmp(qmp, self.check)
 

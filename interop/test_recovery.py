@@ -16,7 +16,7 @@ SIZE = 48 * MIB
 KILLS = 30
 
 # Random writes that verify what they wrote, again and again until /tmp/stop is there; /tmp/done has how it went.
-_LOAD = """
+LOAD = """
 (n=0; while [ ! -e /tmp/stop ]; do n=$((n+1))
 fio --name=verify --filename=/dev/vda --size=16m --rw=randwrite --bs=4k --ioengine=libaio --iodepth=32 --direct=1 \\
     --verify=crc32c --verify_fatal=1 --randseed=$n --output=/tmp/fio || { echo "run $n failed" >/tmp/done; exit; }
@@ -43,7 +43,7 @@ class Killed(InteropTest):
         guest = QemuGuest(NEWEST, self.dir, [device])
         self.addCleanup(guest.kill)
         guest.wait_ready()
-        guest.run(_LOAD)
+        guest.run(LOAD)
         for _ in range(KILLS):
             time.sleep(moments.uniform(0.05, 0.5))
             backend.kill()
