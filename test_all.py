@@ -42,7 +42,8 @@ import time
 import traceback
 import unittest
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+from uuid import UUID
 
 
 def _load_bundle(path: str) -> None:
@@ -63,14 +64,19 @@ if TYPE_CHECKING or BUNDLE or not __package__:
     import vhost_user
     from guest_memory import MAX_REGIONS, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, atomic_or
     from vhost_user import (
+        BACKEND_REQUESTS,
         FEATURES,
         PROTOCOL_FEATURES,
         REQUESTS,
         U64,
+        AsymmetricSession,
         BackendChannel,
+        BackendMessage,
         Config,
         Connection,
+        CryptoSession,
         Disconnected,
+        Empty,
         Frontend,
         FrontendQueue,
         Inflight,
@@ -81,11 +87,15 @@ if TYPE_CHECKING or BUNDLE or not __package__:
         MemTable,
         ProtocolError,
         Refused,
+        Shared,
+        ShmemMap,
+        SymmetricSession,
         VhostUserBackend,
         VhostUserBackendMut,
         VhostUserDaemon,
         VhostUserProtocolFeatures,
         VringAddr,
+        VringArea,
         VringFd,
         VringStatePayload,
     )
@@ -106,14 +116,19 @@ else:
     from . import vhost_user
     from .guest_memory import MAX_REGIONS, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, atomic_or
     from .vhost_user import (
+        BACKEND_REQUESTS,
         FEATURES,
         PROTOCOL_FEATURES,
         REQUESTS,
         U64,
+        AsymmetricSession,
         BackendChannel,
+        BackendMessage,
         Config,
         Connection,
+        CryptoSession,
         Disconnected,
+        Empty,
         Frontend,
         FrontendQueue,
         Inflight,
@@ -124,11 +139,15 @@ else:
         MemTable,
         ProtocolError,
         Refused,
+        Shared,
+        ShmemMap,
+        SymmetricSession,
         VhostUserBackend,
         VhostUserBackendMut,
         VhostUserDaemon,
         VhostUserProtocolFeatures,
         VringAddr,
+        VringArea,
         VringFd,
         VringStatePayload,
     )
@@ -413,6 +432,67 @@ class Failing(Echo):
             if data == b"fail":
                 raise RuntimeError("as asked")
             vring.add_used(chain, chain.write(data[::-1]))
+
+
+class Whole(Echo):
+    """Has every hook that brings a protocol feature, and the drafts."""
+
+    drafts = True
+    protocol_features = PF.HOST_NOTIFIER
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = b"as new"
+        self.channel: BackendChannel | None = None
+        self.objects: dict[UUID, int] = {}
+
+    def set_backend_req_fd(self, backend: BackendChannel) -> None:
+        super().set_backend_req_fd(backend)
+        self.channel = backend
+
+    def send_rarp(self, mac: bytes) -> None:
+        self.events.append(("rarp", mac))
+
+    def set_mtu(self, mtu: int) -> None:
+        if mtu > 9000:
+            raise Refused("no giants")
+        self.events.append(("mtu", mtu))
+
+    def create_crypto_session(self, opcode: int, parameters: SymmetricSession | AsymmetricSession) -> int:
+        if opcode == 0x302:
+            raise Refused("no AEAD")
+        self.events.append(("session", opcode, parameters))
+        return 7
+
+    def close_crypto_session(self, session_id: int) -> None:
+        if session_id != 7:
+            super().close_crypto_session(session_id)
+        self.events.append(("closed", session_id))
+
+    def set_gpu_socket(self, sock: socket.socket) -> None:
+        with sock, contextlib.suppress(BrokenPipeError):
+            sock.sendall(b"display")
+
+    def get_shared_object(self, uuid: UUID) -> int | None:
+        return os.dup(self.objects[uuid]) if uuid in self.objects else None
+
+    def get_shmem_config(self) -> Sequence[int]:
+        return (4 * PAGE, 0, PAGE)
+
+    def save_state(self, file: BinaryIO) -> None:
+        file.write(self.state)
+
+    def load_state(self, file: BinaryIO) -> None:
+        self.state = file.read()
+
+    def suspended(self) -> None:
+        self.events.append(("suspended",))
+
+    def resumed(self) -> None:
+        self.events.append(("resumed",))
+
+    def cancel_in_flight(self, index: int) -> None:
+        self.events.append(("cancelled", index))
 
 
 class Served:
@@ -2391,6 +2471,9 @@ class RandomRingTests(CoreTest):
 # The wire
 # ---------------------------------------------------------------------------------------------------------------------------
 
+AES = SymmetricSession(3, 16, 0, 0, 0, 0, 1, 1, 0, 0, bytes(range(16)), b"")
+"""AES-128-CBC, encrypting."""
+
 EXAMPLES: dict[str, bytes] = {
     "GET_FEATURES": b"",
     "SET_FEATURES": u64(PROTOCOL | VERSION_1),
@@ -2408,19 +2491,29 @@ EXAMPLES: dict[str, bytes] = {
     "SET_PROTOCOL_FEATURES": u64(int(PROTOCOL_FEATURES | PF.CONFIG)),
     "GET_QUEUE_NUM": b"",
     "SET_VRING_ENABLE": pair(0, 1),
+    "SEND_RARP": b"\x52\x54\x00\x12\x34\x56\0\0",
+    "NET_SET_MTU": u64(1500),
     "SET_BACKEND_REQ_FD": b"",
     "GET_CONFIG": Config(0, 0, bytes(8)).pack(),
     "SET_CONFIG": Config(0, 0, b"new").pack(),
     "SET_LOG_BASE": Log(PAGE, 0).pack(),
     "SET_LOG_FD": b"",
+    "CREATE_CRYPTO_SESSION": CryptoSession.of(2, AES).pack(),
+    "CLOSE_CRYPTO_SESSION": u64(7),
     "GET_INFLIGHT_FD": Inflight(0, 0, 2, 16).pack(),
     "SET_INFLIGHT_FD": Inflight(PAGE, 0, 2, 16).pack(),
+    "GPU_SET_SOCKET": b"",
     "RESET_DEVICE": b"",
     "GET_MAX_MEM_SLOTS": b"",
     "ADD_MEM_REG": MemReg(RAM, 4 * PAGE, 0x100000, 0).pack(),
     "REM_MEM_REG": MemReg(RAM, 4 * PAGE, 0x100000, 0).pack(),
     "SET_STATUS": u64(1),
     "GET_STATUS": b"",
+    "GET_SHARED_OBJECT": bytes(range(16)),
+    "SET_DEVICE_STATE_FD": pair(0, 0),
+    "CHECK_DEVICE_STATE": b"",
+    "GET_SHMEM_CONFIG": b"",
+    "GET_VRING_BASE_SKIP_DRAIN": pair(0, 0),
 }
 """A payload that is right, for each request."""
 
@@ -2434,6 +2527,8 @@ NEED_FD = {
     "SET_VRING_CALL",
     "SET_VRING_ERR",
     "SET_BACKEND_REQ_FD",
+    "GPU_SET_SOCKET",
+    "SET_DEVICE_STATE_FD",
 }
 
 
@@ -2457,7 +2552,7 @@ class WireTest(DaemonTest):
             self.memory_fd
             if "MEM" in name or "INFLIGHT" in name or name == "SET_LOG_BASE"
             else self.socket_fd
-            if "BACKEND" in name
+            if "BACKEND" in name or "SOCKET" in name
             else self.event_fd
         ]
 
@@ -2602,7 +2697,7 @@ class MalformedMessageTests(WireTest):
                     peer.send(number, bytes(8), 9, [self.event_fd])
 
     def test_request_whose_protocol_feature_was_not_negotiated(self) -> None:
-        with self.served() as served:
+        with self.served(Whole()) as served:
             for name, row in REQUESTS.items():
                 if row.gate:
                     with self.subTest(name), self.rejected(served, f"{name} without {row.gate.name} negotiated", protocol_features=0) as peer:
@@ -2610,7 +2705,7 @@ class MalformedMessageTests(WireTest):
 
     def test_payload_of_a_wrong_size(self) -> None:
         """Every row of the table, one byte less and one byte more."""
-        with self.served() as served:
+        with self.served(Whole()) as served:
             for name, row in REQUESTS.items():
                 right = EXAMPLES[name]
                 wrong = [right[:-1]] if right else []
@@ -2622,7 +2717,7 @@ class MalformedMessageTests(WireTest):
 
     def test_wrong_number_of_descriptors(self) -> None:
         """Every row of the table."""
-        with self.served() as served:
+        with self.served(Whole()) as served:
             for name, row in REQUESTS.items():
                 right = self.fds_for(name)
                 wrong = [right + [self.event_fd]] if name != "REM_MEM_REG" else [[self.event_fd] * 2]
@@ -2666,7 +2761,7 @@ class MalformedMessageTests(WireTest):
 
     def test_random_bytes(self) -> None:
         """Nothing of that harms the daemon."""
-        with self.served() as served, self.seeded() as rng:
+        with self.served(Whole()) as served, self.seeded() as rng:
             for _ in range(150):
                 with served.peer() as peer, contextlib.suppress(BrokenPipeError):
                     for _ in range(rng.randrange(1, 6)):
@@ -2689,7 +2784,7 @@ class AcknowledgementTests(WireTest):
 
     def test_every_request_is_answered_once(self) -> None:
         """With NEED_REPLY: by its reply or by an acknowledgement, whose flags are those of a reply and no more."""
-        with self.served() as served:
+        with self.served(Whole()) as served:
             for name, row in REQUESTS.items():
                 with self.subTest(name), served.peer() as peer:
                     if name == "REM_MEM_REG":
@@ -2706,7 +2801,7 @@ class AcknowledgementTests(WireTest):
                         peer.lives()
 
     def test_no_acknowledgement_where_it_was_not_negotiated(self) -> None:
-        with self.served() as served, served.peer(protocol_features=~PF.REPLY_ACK) as peer:
+        with self.served(Whole()) as served, served.peer(protocol_features=~PF.REPLY_ACK) as peer:
             for name, row in REQUESTS.items():
                 if not row.reply and name not in ("SET_PROTOCOL_FEATURES", "REM_MEM_REG", "ADD_MEM_REG"):
                     peer.msg(name, EXAMPLES[name], self.fds_for(name), expect=SILENT)
@@ -2925,11 +3020,14 @@ class EachRequestTests(WireTest):
         plain.config = None
         plain.withheld_protocol_features = PF.STATUS
         plain.protocol_features = PF.MTU
+        hooked = PROTOCOL_FEATURES | PF.CONFIG | PF.RARP | PF.MTU | PF.CRYPTO_SESSION | PF.SHARED_OBJECT | PF.DEVICE_STATE | PF.SHMEM
 
         with self.served() as served, served.peer() as peer:
             peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(PROTOCOL_FEATURES | PF.CONFIG)))
         with self.served(plain) as served, served.peer() as peer:
             peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(PROTOCOL_FEATURES & ~PF.STATUS | PF.MTU)))
+        with self.served(Whole()) as served, served.peer() as peer:
+            peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(hooked | PF.HOST_NOTIFIER | PF.GET_VRING_BASE_SKIP_DRAIN)))
         for bit in PF.MQ, PF.REPLY_ACK, PF.BACKEND_REQ, PF.RESET_DEVICE, PF.CONFIGURE_MEM_SLOTS, PF.STATUS:
             self.assertTrue(PROTOCOL_FEATURES & bit)
 
@@ -3080,6 +3178,173 @@ class EachRequestTests(WireTest):
             peer.msg("GET_STATUS", expect=u64(0))
             peer.msg("SET_STATUS", u64(11))
             peer.msg("GET_STATUS", expect=u64(11))
+
+    def test_send_rarp(self) -> None:
+        device = Whole()
+        with self.served(device) as served, served.peer() as peer:
+            peer.msg("SEND_RARP", EXAMPLES["SEND_RARP"])
+            self.assertEqual(device.told("rarp"), [(b"\x52\x54\x00\x12\x34\x56",)])
+
+    def test_net_set_mtu(self) -> None:
+        """What no network has is refused here, what the device does not like is refused there."""
+        device = Whole()
+        with self.served(device) as served, served.peer() as peer:
+            for mtu, expect in (68, OK), (9000, OK), (9001, REFUSED), (67, REFUSED), (65536, REFUSED):
+                peer.msg("NET_SET_MTU", u64(mtu), expect=expect)
+            self.assertEqual(device.told("mtu"), [(68,), (9000,)])
+
+    def test_create_crypto_session(self) -> None:
+        """With the keys of their lengths; a session that is not made has the number -1, and a key too long ends the connection."""
+        device = Whole()
+        rsa = AsymmetricSession(1, 2, 3, 1, 2, b"key")
+        with self.served(device) as served:
+            with served.connect() as frontend:
+                frontend.negotiate(-1)
+                self.assertEqual(frontend.create_crypto_session(2, AES), 7)
+                self.assertEqual(frontend.create_crypto_session(0x404, rsa), 7)
+                self.assertEqual(device.told("session"), [(2, AES), (0x404, rsa)])
+                with self.assertRaises(Refused):
+                    frontend.create_crypto_session(0x302, AES)
+            long = CryptoSession.of(2, AES._replace(key_len=65)).pack()
+            with self.rejected(served, "CREATE_CRYPTO_SESSION: .*longer than its place") as peer:
+                peer.send(26, long)
+            self.assertEqual((len(long), struct.unpack_from("=8x6I4B", long)), (1072, (3, 65, 0, 0, 0, 0, 1, 1, 0, 0)))
+
+    def test_close_crypto_session(self) -> None:
+        device = Whole()
+        with self.served(device) as served, served.peer() as peer:
+            peer.msg("CLOSE_CRYPTO_SESSION", u64(7))
+            peer.msg("CLOSE_CRYPTO_SESSION", u64(8), expect=REFUSED)
+            self.assertEqual(device.told("closed"), [(7,)])
+
+    def test_gpu_set_socket(self) -> None:
+        """It is the device's; a device without display lets go of it, and what is no socket ends the connection."""
+        for device, expect, received in (Whole(), OK, b"display"), (Echo(), REFUSED, b""):
+            ours, theirs = socket.socketpair()
+            with self.served(device) as served, served.peer() as peer, ours, theirs:
+                peer.msg("GPU_SET_SOCKET", fds=[theirs.fileno()], expect=expect)
+                theirs.close()
+                self.assertEqual((ours.recv(20), ours.recv(20)), (received, b""))
+        with self.served() as served, self.rejected(served, "GPU_SET_SOCKET: the file descriptor is no socket") as peer:
+            peer.send(33, fds=[self.memory_fd])
+
+    def test_get_shared_object(self) -> None:
+        """Its descriptor goes with the reply, or none."""
+        device = Whole()
+        uuid = UUID("00112233-4455-6677-8899-aabbccddeeff")
+        self.assertEqual(Shared(uuid).pack(), bytes.fromhex("00112233445566778899aabbccddeeff"))
+        device.objects[uuid] = self.memory_fd
+        with self.served(device) as served, served.connect() as frontend:
+            frontend.negotiate(-1)
+            before = len(open_fds())
+            fd = frontend.get_shared_object(uuid)
+            assert fd is not None
+            self.assertTrue(os.path.sameopenfile(fd, self.memory_fd))
+            os.close(fd)
+            self.assertIsNone(frontend.get_shared_object(UUID(int=5)))
+            self.assertEqual(len(open_fds()), before)
+
+    def test_set_device_state_fd(self) -> None:
+        """State goes out and in through the descriptor, which is closed at the end. An error comes without a descriptor, and bit 8 says so."""
+        device = Whole()
+        failed = u64(0x101)
+        with self.served(device) as served:
+            with served.connect() as frontend:
+                frontend.negotiate(-1)
+                before = len(open_fds())
+                for state in b"", b"some", random.Random(1).randbytes(300_000):
+                    device.state = state
+                    self.assertEqual(frontend.save_state(), state)
+                    device.state = b"other"
+                    frontend.load_state(state)
+                    self.assertEqual(device.state, state)
+                self.assertEqual(len(open_fds()), before)
+            with served.peer() as peer:
+                peer.msg("SET_DEVICE_STATE_FD", pair(2, 0), [self.event_fd], expect=failed)
+                peer.msg("SET_DEVICE_STATE_FD", pair(0, 1), [self.event_fd], expect=failed)
+                peer.msg("SET_VRING_KICK", u64(0), [self.event_fd])
+                peer.msg("SET_DEVICE_STATE_FD", pair(0, 0), [self.event_fd], expect=failed)
+                self.expect_log("SET_DEVICE_STATE_FD .* refused: a ring is started")
+
+    def test_check_device_state(self) -> None:
+        """It waits for the transfer, and tells what became of it."""
+
+        class Bad(Whole):
+            def save_state(self, file: BinaryIO) -> None:
+                file.write(b"half")
+                raise Refused("cannot")
+
+            def load_state(self, file: BinaryIO) -> None:
+                file.read(4)
+
+        with self.served(Bad()) as served, served.connect() as frontend:
+            frontend.negotiate(-1)
+            before = len(open_fds())
+            with self.assertRaises(Refused):
+                frontend.request("CHECK_DEVICE_STATE")
+            for transfer in frontend.save_state, lambda: frontend.load_state(b"12345"), lambda: frontend.load_state(bytes(1 << 20)):
+                with self.assertRaises(Refused):
+                    transfer()
+            frontend.load_state(b"1234")
+            self.assertEqual(len(open_fds()), before)
+            self.expect_log("load_state of the device failed: there is more than the device has read")
+
+    def test_get_shmem_config(self) -> None:
+        """The number of regions that there are, and 256 sizes."""
+        with self.served(Whole()) as served:
+            with served.peer() as peer:
+                peer.msg("GET_SHMEM_CONFIG", expect=struct.pack("=II256Q", 2, 0, 4 * PAGE, 0, PAGE, *bytes(253)))
+            with served.connect() as frontend:
+                frontend.negotiate(-1)
+                self.assertEqual(frontend.get_shmem_config(), (4 * PAGE, 0, PAGE))
+
+    def test_get_vring_base_skip_drain(self) -> None:
+        """Draft: what is in flight is not waited for. It is recorded, and comes again; the late completion is of no effect."""
+
+        class Slow(Later, Whole):
+            pass
+
+        device = Slow()
+        with self.prepared(device) as (frontend, rig):
+            region, fd = frontend.get_inflight(1, rig.size)
+            self.addCleanup(os.close, fd)
+            frontend.set_inflight(region, fd)
+            rig.share()
+            driver = rig.driver()
+            queue = frontend.start_queue(0, driver)
+            rig.add(driver)
+            queue.kick()
+            device.holds(1)
+            base = frontend.stop_queue(queue, drain=False)
+            self.assertEqual(device.told("cancelled"), [(0,)])
+            device.complete()
+            self.assertEqual(driver.used(), [])
+            queue = frontend.start_queue(0, driver, base)
+            device.holds(1)
+            device.complete()
+            self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
+
+    def test_skip_drain_without_inflight_tracking(self) -> None:
+        """Not negotiated alone; and without a region to record it in, what is in flight is waited for."""
+        with self.served(Whole()) as served:
+            for missing in PF.INFLIGHT_SHMFD, PF.GET_VRING_BASE_INFLIGHT:
+                with self.rejected(served, "where it would be recorded", protocol_features=0) as peer:
+                    peer.send(16, u64(int(PROTOCOL_FEATURES & ~missing | PF.GET_VRING_BASE_SKIP_DRAIN)))
+
+        class Slow(Later, Whole):
+            pass
+
+        device = Slow()
+        with self.connected(device) as frontend:
+            [queue] = frontend.queues
+            queue.submit([], [(frontend.arena[0], 4)], "token")
+            device.holds(1)
+            timer = threading.Timer(MOMENT, device.complete)
+            timer.start()
+            frontend.stop_queue(queue, drain=False)
+            timer.join()
+            self.assertEqual(queue.driver.used(), [("token", 0)])
+            self.assertEqual(device.told("cancelled"), [])
 
 
 class FrontendTests(WireTest):
@@ -4209,6 +4474,179 @@ class ChannelTests(DaemonTest):
             self.assertTrue(channel.config_change())
             self.assertEqual(frontend.next_backend_request(PATIENCE).number, 2)
             self.assertFalse(device.config_changed(), "the device keeps its channel itself")
+
+    def test_every_row_has_its_test(self) -> None:
+        names = {name.removesuffix("_MSG").lower() for name in BACKEND_REQUESTS}
+        self.assertEqual({name for name in names if not hasattr(self, f"test_{name}")}, set())
+
+    @contextlib.contextmanager
+    def whole(self, **setup: Any) -> Iterator[tuple[Whole, BackendChannel, Frontend]]:
+        """A device with everything, its channel, and a front-end; one ring is started."""
+        device = Whole()
+        with self.connected(device, **setup) as frontend:
+            assert device.channel
+            yield device, device.channel, frontend
+
+    def answering(self, frontend: Frontend, count: int) -> list[BackendMessage]:
+        """Answer that many requests of the back-end, from another thread. Returns the list that they come into."""
+        got: list[BackendMessage] = []
+
+        def answer() -> None:
+            got.extend(frontend.next_backend_request(PATIENCE) for _ in range(count))
+
+        self.in_thread(answer)
+        return got
+
+    def test_config_change(self) -> None:
+        with self.whole() as (device, _, frontend):
+            self.assertTrue(device.config_changed())
+            self.assertEqual(frontend.next_backend_request(PATIENCE), BackendMessage(BACKEND_REQUESTS["CONFIG_CHANGE_MSG"], Empty(), []))
+
+    def test_vring_host_notifier(self) -> None:
+        """With its descriptor, or without to undo it; for a device that says so."""
+        with self.whole() as (_, channel, frontend):
+            fd = self.memfd(2 * PAGE)
+            self.assertTrue(channel.host_notifier(1, fd, PAGE))
+            message = frontend.next_backend_request(PATIENCE)
+            self.assertEqual(message.payload, VringArea(1, PAGE, PAGE))
+            self.assertTrue(os.path.sameopenfile(message.fds[0], fd))
+            os.close(message.fds[0])
+            self.assertTrue(channel.host_notifier(1))
+            message = frontend.next_backend_request(PATIENCE)
+            self.assertEqual((message.payload, message.fds), (VringArea(1 | 256, PAGE, 0), []))
+        with self.whole(protocol_features=~PF.BACKEND_SEND_FD) as (_, channel, _):
+            self.assertFalse(channel.host_notifier(1, fd, PAGE))
+        with self.whole(protocol_features=~PF.HOST_NOTIFIER) as (_, channel, _):
+            self.assertFalse(channel.host_notifier(1))
+
+    def test_shared_object_add(self) -> None:
+        with self.whole() as (_, channel, frontend):
+            self.assertTrue(channel.shared_object_add(UUID(int=5)))
+            self.assertEqual(frontend.next_backend_request(PATIENCE).payload, Shared(UUID(int=5)))
+            self.assertEqual(frontend.exported, {UUID(int=5)})
+
+    def test_shared_object_remove(self) -> None:
+        with self.whole() as (_, channel, frontend):
+            for tell in channel.shared_object_add, channel.shared_object_remove:
+                self.assertTrue(tell(UUID(int=5)))
+                frontend.next_backend_request(PATIENCE)
+            self.assertEqual(frontend.exported, set())
+
+    def test_shared_object_lookup(self) -> None:
+        """The descriptor comes with the answer; without one there is none, and no acknowledgement follows."""
+        with self.whole() as (_, channel, frontend):
+            fd = self.memfd(PAGE)
+            frontend.shared_objects[UUID(int=5)] = fd
+            self.answering(frontend, 3)
+            for _ in range(2):
+                found = channel.shared_object_lookup(UUID(int=5))
+                assert found is not None
+                self.assertTrue(os.path.sameopenfile(found, fd))
+                os.close(found)
+            self.assertIsNone(channel.shared_object_lookup(UUID(int=6)))
+
+    def test_late_answer_is_not_taken_for_the_next_one(self) -> None:
+        with self.whole() as (_, channel, frontend):
+            fd = self.memfd(PAGE)
+            frontend.shared_objects[UUID(int=5)] = fd
+            channel.ANSWER_TIMEOUT = 0.02
+            self.assertIsNone(channel.shared_object_lookup(UUID(int=5)))
+            self.expect_log("SHARED_OBJECT_LOOKUP is not answered: the peer is silent", times=1)
+            channel.ANSWER_TIMEOUT = PATIENCE
+            self.answering(frontend, 2)
+            self.assertIsNone(channel.shared_object_lookup(UUID(int=6)))
+
+    def test_shmem_map(self) -> None:
+        """Whole pages, inside a region, over nothing that is mapped: anything else is not even sent."""
+        with self.whole() as (_, channel, frontend):
+            fd = self.memfd(4 * PAGE)
+            got = self.answering(frontend, 4)
+            self.assertTrue(channel.shmem_map(0, fd, PAGE, 2 * PAGE, PAGE, writable=True))
+            self.assertTrue(channel.shmem_map(0, fd, 0, 0, 2 * PAGE, wait=True))
+            self.assertTrue(channel.shmem_map(2, fd, 0, 0, PAGE, wait=True))
+            for area in (0, 0, PAGE, PAGE), (0, 0, PAGE, 2 * PAGE), (0, 0, 0, 4 * PAGE), (2, 0, 0, PAGE):
+                with self.subTest(area), self.raises(ValueError, "overlaps what is mapped"):
+                    channel.shmem_map(area[0], fd, *area[1:])
+            for area in (0, 0, 4 * PAGE, PAGE), (0, 0, 3 * PAGE, 2 * PAGE), (1, 0, 0, PAGE), (3, 0, 0, PAGE), (-1, 0, 0, PAGE), (0, 0, -PAGE, PAGE):
+                with self.subTest(area), self.raises(ValueError, "outside the regions"):
+                    channel.shmem_map(area[0], fd, *area[1:])
+            for area in (0, 0, 3 * PAGE, 0), (0, 0, 3 * PAGE, 1), (0, 1, 3 * PAGE, PAGE), (0, 0, 3 * PAGE + 1, PAGE):
+                with self.subTest(area), self.raises(ValueError, "not whole pages"):
+                    channel.shmem_map(area[0], fd, *area[1:])
+            frontend.maps.append(ShmemMap(0, 0, 3 * PAGE, PAGE, 0))  # which the front-end alone knows of
+            self.assertFalse(channel.shmem_map(0, fd, 0, 3 * PAGE, PAGE, wait=True))
+            self.assertEqual(got[0].payload, ShmemMap(0, PAGE, 2 * PAGE, PAGE, 1))
+            self.assertEqual([len(message.fds) for message in got], [1] * 4)
+            for message in got:
+                os.close(message.fds[0])
+
+    def test_shmem_unmap(self) -> None:
+        """Just what was mapped, and once. A device reset unmaps all."""
+        with self.whole() as (_, channel, frontend):
+            fd = self.memfd(4 * PAGE)
+            got = self.answering(frontend, 3)
+            self.assertTrue(channel.shmem_map(0, fd, 0, 0, 2 * PAGE))
+            for area in (0, 0, PAGE), (0, PAGE, PAGE), (0, 0, 3 * PAGE), (2, 0, 2 * PAGE):
+                with self.raises(ValueError, "not a whole map"):
+                    channel.shmem_unmap(*area)
+            self.assertTrue(channel.shmem_unmap(0, 0, 2 * PAGE, wait=True))
+            with self.raises(ValueError, "not a whole map"):
+                channel.shmem_unmap(0, 0, 2 * PAGE)
+            self.assertEqual(frontend.maps, [])
+            self.assertTrue(channel.shmem_map(0, fd, 0, 0, 2 * PAGE))
+            frontend.request("RESET_DEVICE")
+            with self.raises(ValueError, "not a whole map"):
+                channel.shmem_unmap(0, 0, 2 * PAGE)
+            wait_until(lambda: len(got) == 3, "all to be read")
+            for message in got:
+                for taken in message.fds:
+                    os.close(taken)
+
+    def test_wait_in_the_control_thread(self) -> None:
+        """The front-end would not answer before it has its own answer."""
+
+        class Asks(Whole):
+            def set_config(self, offset: int, data: bytes, flags: int) -> None:
+                assert self.channel
+                self.channel.shared_object_lookup(UUID(int=5))
+
+        with self.connected(Asks()) as frontend:
+            with self.assertRaises(Refused):
+                frontend.set_config(0, b"x")
+            self.expect_log("set_config of the device failed.*SHARED_OBJECT_LOOKUP would wait for the front-end")
+
+    def test_wait_when_the_front_end_leaves(self) -> None:
+        device = Whole()
+        found: list[int | None] = []
+        with self.connected(device) as frontend:
+            channel = device.channel
+            assert channel
+            thread = threading.Thread(target=lambda: found.append(channel.shared_object_lookup(UUID(int=5))), name="waits")
+            thread.start()
+            wait_until(lambda: bool(frontend.channel and is_readable(frontend.channel.socket)), "the question")
+        thread.join(PATIENCE)
+        self.assertEqual(found, [None])
+        self.expect_log("SHARED_OBJECT_LOOKUP is not answered")
+
+    def test_suspended_device_is_silent(self) -> None:
+        """rule 6: while all rings are stopped no message goes out; the control socket answers. A config change is told when a ring starts."""
+        with self.whole() as (device, channel, frontend):
+            self.assertEqual((device.told("resumed"), device.told("suspended")), ([()], []))
+            [queue] = frontend.queues
+            driver, base = queue.driver, frontend.stop_queue(queue)
+            self.assertEqual(device.told("suspended"), [()])
+            self.assertTrue(device.config_changed())
+            self.assertTrue(device.config_changed())
+            self.assertFalse(channel.shared_object_add(UUID(int=5)))
+            self.assertIsNone(channel.shared_object_lookup(UUID(int=5)))
+            assert frontend.channel
+            self.assertFalse(is_readable(frontend.channel.socket, MOMENT))
+            self.assertEqual(frontend.get_config(0, 4), b"0123")
+            frontend.start_queue(0, driver, base)
+            self.assertEqual(frontend.next_backend_request(PATIENCE).name, "CONFIG_CHANGE_MSG")
+            self.assertFalse(is_readable(frontend.channel.socket, MOMENT))
+            self.assertEqual(device.told("resumed"), [()] * 2)
+            self.echo(frontend, frontend.queues[0])
 
     def test_front_end_that_has_closed_its_end(self) -> None:
         device = Echo()

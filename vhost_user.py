@@ -20,6 +20,7 @@ In reading order:
 - Wire               `Message`, `Connection`: messages over a Unix socket, with the descriptors they own
 - Devices            `VhostUserBackend`, `VhostUserBackendMut`: what a device overrides
 - Workers            `VringEpollHandler`: a thread that serves rings and the device's own listeners
+- Device state       a migrating device's state, saved and loaded in a thread
 - Sessions           one connection: its state, and a handler for each request
 - Daemon             `Listener`, `VhostUserDaemon`
 - Front-end          `Frontend`, `FrontendQueue`: the other side of all that
@@ -36,8 +37,10 @@ import ctypes
 import errno
 import fcntl
 import gc
+import io
 import json
 import logging
+import mmap
 import os
 import select
 import signal
@@ -53,7 +56,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import astuple, dataclass
 from enum import IntFlag
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, TypeVar, cast
+from uuid import UUID
 
 if TYPE_CHECKING or not __package__:
     from guest_memory import (
@@ -121,7 +125,9 @@ __all__ = [
     "PROTOCOL_FEATURES",
     "REQUESTS",
     "VHOST_USER_F_PROTOCOL_FEATURES",
+    "AsymmetricSession",
     "BackendChannel",
+    "BackendMessage",
     "Connection",
     "Disconnected",
     "Frontend",
@@ -133,6 +139,7 @@ __all__ = [
     "ProtocolError",
     "Refused",
     "Request",
+    "SymmetricSession",
     "VhostUserBackend",
     "VhostUserBackendMut",
     "VhostUserDaemon",
@@ -185,6 +192,8 @@ class VhostUserProtocolFeatures(IntFlag):
     GET_VRING_BASE_INFLIGHT = 1 << 20
     GPA_ADDRESSES = 1 << 21
     SHMEM = 1 << 22
+    GET_VRING_BASE_SKIP_DRAIN = 1 << 23
+    """A draft: its number may change yet."""
 
 
 _PF = VhostUserProtocolFeatures
@@ -210,13 +219,33 @@ PROTOCOL_FEATURES = (
     | _PF.LOG_SHMFD
     | _PF.REPLY_ACK
     | _PF.BACKEND_REQ
+    | _PF.BACKEND_SEND_FD
     | _PF.INFLIGHT_SHMFD
     | _PF.RESET_DEVICE
     | _PF.CONFIGURE_MEM_SLOTS
     | _PF.STATUS
     | _PF.GET_VRING_BASE_INFLIGHT
 )
-"""Protocol features that the framework implements for every device. CONFIG comes with a config space."""
+"""Protocol features that the framework implements for every device. `HOOKS` come with their hooks, CONFIG with a config space too."""
+
+HOOKS = (
+    ("get_config", _PF.CONFIG),
+    ("send_rarp", _PF.RARP),
+    ("set_mtu", _PF.MTU),
+    ("create_crypto_session", _PF.CRYPTO_SESSION),
+    ("get_shared_object", _PF.SHARED_OBJECT),
+    ("save_state", _PF.DEVICE_STATE),
+    ("set_device_state_fd", _PF.DEVICE_STATE),
+    ("get_shmem_config", _PF.SHMEM),
+)
+"""Protocol features that are offered by a device which overrides the method."""
+
+DRAFTS = _PF.GET_VRING_BASE_SKIP_DRAIN
+"""Protocol features of drafts: offered by a device that says `drafts`."""
+
+_WANTED = PROTOCOL_FEATURES | _PF.HOST_NOTIFIER | DRAFTS
+for _, _feature in HOOKS:
+    _WANTED |= _feature
 
 VERSION = 1
 FLAG_VERSION_MASK = 3
@@ -231,6 +260,9 @@ MAX_CONFIG = 0x1000  # bytes of config space, as in the kernel's vhost
 
 STATUS_FEATURES_OK = 8  # virtio 1.3 §2.1
 CONFIG_FLAG_WRITABLE, CONFIG_FLAG_LIVE_MIGRATION = 0, 1
+STATE_SAVE, STATE_LOAD = 0, 1  # direction of a device state transfer
+STATE_FAILED, STATE_NO_FD = 1, 1 << 8  # in the reply to SET_DEVICE_STATE_FD
+SHMEM_WRITABLE = 1  # flag of SHMEM_MAP
 
 
 class VhostUserError(Exception):
@@ -465,6 +497,180 @@ class Inflight(Payload):
         return f"{self.num_queues} queues of {self.queue_size}: {self.mmap_size:#x} bytes at {self.mmap_offset:#x}"
 
 
+@dataclass(frozen=True)
+class Mac(Payload):
+    """A MAC address: the first 6 bytes of 8 (SEND_RARP)."""
+
+    LAYOUT: ClassVar = struct.Struct("=6s2x")
+    address: bytes
+
+    def __str__(self) -> str:
+        return self.address.hex(":")
+
+
+class SymmetricSession(NamedTuple):
+    """Parameters of a symmetric crypto session; codes as in virtio 1.3 §5.9."""
+
+    cipher: int
+    key_len: int
+    hash: int
+    hash_result_len: int
+    auth_key_len: int
+    aad_len: int
+    op_type: int
+    direction: int
+    hash_mode: int
+    chain_order: int
+    key: bytes
+    auth_key: bytes
+
+
+class AsymmetricSession(NamedTuple):
+    """Parameters of an asymmetric crypto session; codes as in virtio 1.3 §5.9."""
+
+    algorithm: int
+    key_type: int
+    key_len: int
+    rsa_padding: int
+    rsa_hash: int
+    key: bytes
+
+
+@dataclass(frozen=True)
+class CryptoSession(Payload):
+    """A crypto session, as QEMU 9 and newer have it on 64-bit hosts: its parameters in `opcode`'s form, and a number that the back-end gives.
+
+    The specification leaves the layout to QEMU, which sends its own structures, pointers and all (they are passed over here)."""
+
+    LAYOUT: ClassVar = struct.Struct("=Q1056sq")
+    SYMMETRIC: ClassVar = struct.Struct("=6I4B4x16x64s512s")
+    ASYMMETRIC: ClassVar = struct.Struct("=3I4x8xII1024s")
+    AKCIPHER: ClassVar = 0x404  # the one opcode with asymmetric parameters (VIRTIO_CRYPTO_AKCIPHER_CREATE_SESSION)
+    opcode: int
+    data: bytes
+    session_id: int
+
+    @property
+    def parameters(self) -> SymmetricSession | AsymmetricSession:
+        """What the session is to be. The keys are cut to their lengths."""
+        if self.opcode == self.AKCIPHER:
+            asymmetric = AsymmetricSession(*self.ASYMMETRIC.unpack_from(self.data))
+            return asymmetric._replace(key=asymmetric.key[: asymmetric.key_len])
+        symmetric = SymmetricSession(*self.SYMMETRIC.unpack_from(self.data))
+        return symmetric._replace(key=symmetric.key[: symmetric.key_len], auth_key=symmetric.auth_key[: symmetric.auth_key_len])
+
+    @classmethod
+    def of(cls, opcode: int, parameters: SymmetricSession | AsymmetricSession) -> CryptoSession:
+        """A request for such a session."""
+        layout = cls.SYMMETRIC if isinstance(parameters, SymmetricSession) else cls.ASYMMETRIC
+        return cls(opcode, layout.pack(*parameters), 0)
+
+    def check(self) -> None:
+        given = self.parameters
+        places = ((given.key_len, 1024),) if isinstance(given, AsymmetricSession) else ((given.key_len, 64), (given.auth_key_len, 512))
+        if any(length > place for length, place in places):
+            raise ProtocolError("a crypto session whose key is longer than its place (a front-end older than QEMU 9 has another layout)")
+
+    def __str__(self) -> str:
+        return f"session {self.session_id}, opcode {self.opcode:#x}"  # never the keys
+
+
+@dataclass(frozen=True)
+class Shared(Payload):
+    """A shared object's UUID, big-endian components as in `UUID.bytes` ("VhostUserShared")."""
+
+    LAYOUT: ClassVar = struct.Struct("=16s")
+    uuid: UUID
+
+    def pack(self) -> bytes:
+        return self.uuid.bytes
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Shared:
+        if len(data) != cls.LAYOUT.size:
+            raise ProtocolError(f"payload of {len(data)} bytes, a UUID has {cls.LAYOUT.size}")
+        return cls(UUID(bytes=data))
+
+    def __str__(self) -> str:
+        return str(self.uuid)
+
+
+@dataclass(frozen=True)
+class DeviceState(Payload):
+    """What is transferred: `direction` STATE_SAVE or STATE_LOAD, `phase` 0, stopped ("Device state transfer parameters")."""
+
+    LAYOUT: ClassVar = struct.Struct("=II")
+    direction: int
+    phase: int
+
+    def __str__(self) -> str:
+        return f"direction {self.direction}, phase {self.phase}"
+
+
+@dataclass(frozen=True)
+class VringArea(VringFd):
+    """A ring's notification area, `size` bytes at `offset` of the file ("Vring area description")."""
+
+    LAYOUT: ClassVar = struct.Struct("=QQQ")
+    size: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}: {self.size:#x} bytes at {self.offset:#x}"
+
+
+@dataclass(frozen=True)
+class ShmemMap(Payload):
+    """A map in a shared memory region: `size` bytes at `shm_offset`, from `fd_offset` of the file ("MMAP request")."""
+
+    LAYOUT: ClassVar = struct.Struct("=B7xQQQQ")
+    shmid: int
+    fd_offset: int
+    shm_offset: int
+    size: int
+    flags: int
+
+    def overlaps(self, other: ShmemMap) -> bool:
+        """Whether they have a byte of the region in common."""
+        return self.shmid == other.shmid and self.shm_offset < other.shm_offset + other.size and other.shm_offset < self.shm_offset + self.size
+
+    def covers(self, other: ShmemMap) -> bool:
+        """Whether the two are the same range."""
+        return (self.shmid, self.shm_offset, self.size) == (other.shmid, other.shm_offset, other.size)
+
+    def __str__(self) -> str:
+        return f"region {self.shmid}: {self.size:#x} bytes at {self.shm_offset:#x}, from {self.fd_offset:#x}, flags {self.flags}"
+
+
+@dataclass(frozen=True)
+class ShmemConfig(Payload):
+    """Sizes of the device's shared memory regions, by shmid; 0: none ("VIRTIO Shared Memory Region configuration")."""
+
+    LAYOUT: ClassVar = struct.Struct("=I4x256Q")
+    sizes: tuple[int, ...]
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(sum(map(bool, self.sizes)), *self.sizes, *(256 - len(self.sizes)) * (0,))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> ShmemConfig:
+        if len(data) != cls.LAYOUT.size:
+            raise ProtocolError(f"payload of {len(data)} bytes, shared memory regions have {cls.LAYOUT.size}")
+        _, *sizes = cls.LAYOUT.unpack(data)
+        while sizes and not sizes[-1]:
+            sizes.pop()
+        config = cls(tuple(sizes))
+        config.check()
+        return config
+
+    def check(self) -> None:
+        if len(self.sizes) > 256 or any(size % mmap.PAGESIZE for size in self.sizes):
+            raise ProtocolError(f"shared memory regions of {self.sizes} bytes: must be up to 256, each a multiple of {mmap.PAGESIZE}")
+
+    def __str__(self) -> str:
+        return ", ".join(f"region {shmid}: {size:#x} bytes" for shmid, size in enumerate(self.sizes) if size) or "no regions"
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Requests
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -480,6 +686,7 @@ class Request:
     reply     class of the reply's payload; None: acknowledged with a U64 if REPLY_ACK is negotiated and NEED_REPLY set
     fds       fewest and most file descriptors that come along
     gate      the protocol feature that must have been negotiated; 0: none
+    failed    the reply that says that it failed, where one can; its file descriptors do not go with it
     """
 
     number: int
@@ -488,6 +695,7 @@ class Request:
     reply: type[Payload] | None = None
     fds: tuple[int, int] = (0, 0)
     gate: VhostUserProtocolFeatures = _NO_GATE
+    failed: Payload | None = None
 
     def check_fds(self, count: int) -> None:
         """Raise ProtocolError unless `count` file descriptors may come with it."""
@@ -516,19 +724,37 @@ _ROWS = (
     Request(16, "SET_PROTOCOL_FEATURES", U64),
     Request(17, "GET_QUEUE_NUM", reply=U64, gate=_PF.MQ),
     Request(18, "SET_VRING_ENABLE", VringStatePayload),
+    Request(19, "SEND_RARP", Mac, gate=_PF.RARP),
+    Request(20, "NET_SET_MTU", U64, gate=_PF.MTU),
     Request(21, "SET_BACKEND_REQ_FD", fds=(1, 1), gate=_PF.BACKEND_REQ),
-    Request(24, "GET_CONFIG", Config, reply=Config, gate=_PF.CONFIG),
+    Request(24, "GET_CONFIG", Config, reply=Config, gate=_PF.CONFIG, failed=Empty()),
     Request(25, "SET_CONFIG", Config, gate=_PF.CONFIG),
+    Request(26, "CREATE_CRYPTO_SESSION", CryptoSession, reply=CryptoSession, gate=_PF.CRYPTO_SESSION, failed=CryptoSession(0, b"", -1)),
+    Request(27, "CLOSE_CRYPTO_SESSION", U64, gate=_PF.CRYPTO_SESSION),
     Request(31, "GET_INFLIGHT_FD", Inflight, reply=Inflight, gate=_PF.INFLIGHT_SHMFD),
     Request(32, "SET_INFLIGHT_FD", Inflight, fds=(1, 1), gate=_PF.INFLIGHT_SHMFD),
+    Request(33, "GPU_SET_SOCKET", fds=(1, 1)),
     Request(34, "RESET_DEVICE", gate=_PF.RESET_DEVICE),
     Request(36, "GET_MAX_MEM_SLOTS", reply=U64, gate=_PF.CONFIGURE_MEM_SLOTS),
     Request(37, "ADD_MEM_REG", MemReg, fds=(1, 1), gate=_PF.CONFIGURE_MEM_SLOTS),
     Request(38, "REM_MEM_REG", MemReg, fds=(0, 1), gate=_PF.CONFIGURE_MEM_SLOTS),
     Request(39, "SET_STATUS", U64, gate=_PF.STATUS),
     Request(40, "GET_STATUS", reply=U64, gate=_PF.STATUS),
+    Request(41, "GET_SHARED_OBJECT", Shared, reply=Shared, gate=_PF.SHARED_OBJECT, failed=Shared(UUID(int=0))),
+    Request(42, "SET_DEVICE_STATE_FD", DeviceState, U64, (1, 1), gate=_PF.DEVICE_STATE, failed=U64(STATE_FAILED | STATE_NO_FD)),
+    Request(43, "CHECK_DEVICE_STATE", reply=U64, gate=_PF.DEVICE_STATE, failed=U64(STATE_FAILED)),
+    Request(44, "GET_SHMEM_CONFIG", reply=ShmemConfig, gate=_PF.SHMEM),
+    Request(45, "GET_VRING_BASE_SKIP_DRAIN", VringStatePayload, reply=VringStatePayload, gate=_PF.GET_VRING_BASE_SKIP_DRAIN),
 )
-_BACKEND_ROWS = (Request(2, "CONFIG_CHANGE_MSG", gate=_PF.CONFIG),)
+_BACKEND_ROWS = (
+    Request(2, "CONFIG_CHANGE_MSG", gate=_PF.CONFIG),
+    Request(3, "VRING_HOST_NOTIFIER_MSG", VringArea, fds=(0, 1), gate=_PF.HOST_NOTIFIER),
+    Request(6, "SHARED_OBJECT_ADD", Shared, gate=_PF.SHARED_OBJECT),
+    Request(7, "SHARED_OBJECT_REMOVE", Shared, gate=_PF.SHARED_OBJECT),
+    Request(8, "SHARED_OBJECT_LOOKUP", Shared, reply=U64, gate=_PF.SHARED_OBJECT, failed=U64(1)),
+    Request(9, "SHMEM_MAP", ShmemMap, fds=(1, 1), gate=_PF.SHMEM),
+    Request(10, "SHMEM_UNMAP", ShmemMap, gate=_PF.SHMEM),
+)
 
 REQUESTS = {row.name: row for row in _ROWS}
 """What a front-end asks of a back-end (vhost-user, "Front-end message types")."""
@@ -705,32 +931,171 @@ def _close_all(fds: list[int]) -> None:
 
 
 class BackendChannel:
-    """The back-end's own requests to the front-end, over the socket of SET_BACKEND_REQ_FD. From any thread."""
+    """The back-end's own requests to the front-end, over the socket of SET_BACKEND_REQ_FD. From any thread.
 
-    def __init__(self, sock: socket.socket, protocol_features: Callable[[], int]) -> None:
+    Each method returns whether the front-end was told; with `wait`, whether it has agreed as well (if it negotiated REPLY_ACK). While all rings
+    are stopped nothing is sent (vhost-user, "Suspended device state"): a config change is told when a ring starts, the others
+    are not told.
+
+    Waiting is for worker threads and the device's own, up to ANSWER_TIMEOUT. In the control thread, which calls most hooks, it raises
+    RuntimeError: the front-end may be waiting for an answer of ours there, and would not answer before it has that.
+    """
+
+    ANSWER_TIMEOUT = 5.0
+
+    def __init__(
+        self, sock: socket.socket, protocol_features: Callable[[], int], shmem_sizes: Callable[[], Sequence[int]] = tuple, suspended: bool = False
+    ) -> None:
+        """To be made in the control thread."""
         self._connection = Connection(sock)
         self._protocol_features = protocol_features
+        self._shmem_sizes = shmem_sizes
+        self._control = threading.get_ident()
+        self._sending = threading.Lock()
+        self._suspended = suspended
+        self._config_changed = False  # not told yet
+        self._asking = threading.Lock()
+        self._owed = 0  # answers that are still to come
+        self._maps: list[ShmemMap] = []
+
+    # For the device
 
     def config_change(self) -> bool:
-        """Tell the front-end that config space has changed. Returns whether it could be told."""
-        return self._send(BACKEND_REQUESTS["CONFIG_CHANGE_MSG"])
+        """Config space has changed (CONFIG_CHANGE_MSG)."""
+        with self._sending:
+            if self._suspended and self._protocol_features() & _PF.CONFIG:
+                self._config_changed = True
+                return True
+        return self._tell("CONFIG_CHANGE_MSG")
 
-    def _send(self, row: Request, payload: Payload = Empty(), fds: Sequence[int] = ()) -> bool:
-        # No NEED_REPLY: a front-end may be waiting for an acknowledgement of ours when this arrives, and would answer only then.
-        if not row.gate & self._protocol_features():
-            log.debug("-> %s not sent: the front-end did not negotiate it", row.name)
-            return False
-        log.debug("-> %s %s", row.name, payload)
-        try:
-            self._connection.send(row.number, 0, payload.pack(), fds)
-        except (VhostUserError, OSError) as error:
-            log.warning("%s could not be sent: %s", row.name, error)
-            return False
-        return True
+    def host_notifier(self, index: int, fd: int | None = None, offset: int = 0, size: int = mmap.PAGESIZE) -> bool:
+        """Let the driver's notifications of ring `index` go to `size` bytes of this file at `offset`; None: no longer so
+        (VRING_HOST_NOTIFIER_MSG; HOST_NOTIFIER must be among the device's `protocol_features`)."""
+        area = VringArea(index | (VringArea.NO_FD if fd is None else 0), size, offset)
+        return self._tell("VRING_HOST_NOTIFIER_MSG", area, () if fd is None else (fd,))
+
+    def shared_object_add(self, uuid: UUID) -> bool:
+        """The device exports this object: `get_shared_object` will be asked for it (SHARED_OBJECT_ADD)."""
+        return self._tell("SHARED_OBJECT_ADD", Shared(uuid))
+
+    def shared_object_remove(self, uuid: UUID) -> bool:
+        """It does no longer (SHARED_OBJECT_REMOVE)."""
+        return self._tell("SHARED_OBJECT_REMOVE", Shared(uuid))
+
+    def shared_object_lookup(self, uuid: UUID) -> int | None:
+        """The dma-buf of another device's object: a file descriptor, the caller's; None where there is none. Waits (SHARED_OBJECT_LOOKUP)."""
+        answer = self._ask("SHARED_OBJECT_LOOKUP", 0, Shared(uuid))
+        if answer is None:
+            return None
+        with answer:
+            return answer.take_fd() if answer.payload == bytes(8) and answer.fds else None
+
+    def shmem_map(self, shmid: int, fd: int, fd_offset: int, shm_offset: int, size: int, writable: bool = False, wait: bool = False) -> bool:
+        """Map `size` bytes of a file, from `fd_offset`, at `shm_offset` of shared memory region `shmid` (SHMEM_MAP). A device reset unmaps it.
+
+        Raises ValueError for a range that is not whole pages, lies outside the region, or overlaps what is mapped."""
+        area = ShmemMap(shmid, fd_offset, shm_offset, size, SHMEM_WRITABLE if writable else 0)
+        sizes = self._shmem_sizes()
+        if size <= 0 or size % mmap.PAGESIZE or shm_offset % mmap.PAGESIZE or fd_offset % mmap.PAGESIZE:
+            raise ValueError(f"{area}: not whole pages of {mmap.PAGESIZE} bytes")
+        if not 0 <= shmid < len(sizes) or not 0 <= shm_offset <= sizes[shmid] - size:
+            raise ValueError(f"{area}: outside the regions of get_shmem_config, {sizes}")
+        with self._sending:
+            if any(area.overlaps(other) for other in self._maps):
+                raise ValueError(f"{area}: overlaps what is mapped there; unmap that first")
+            self._maps.append(area)
+        told = self._tell("SHMEM_MAP", area, (fd,), wait)
+        if not told:
+            self._forget(area)
+        return told
+
+    def shmem_unmap(self, shmid: int, shm_offset: int, size: int, wait: bool = False) -> bool:
+        """Undo `shmem_map` (SHMEM_UNMAP). Raises ValueError for what is not just one map."""
+        area = ShmemMap(shmid, 0, shm_offset, size, 0)
+        if not any(area.covers(other) for other in self._maps):
+            raise ValueError(f"{area}: is not a whole map")
+        told = self._tell("SHMEM_UNMAP", area, wait=wait)
+        if told:
+            self._forget(area)
+        return told
+
+    # For the session
+
+    def suspend(self, suspended: bool) -> None:
+        """All rings are stopped, or one is about to start."""
+        with self._sending:
+            self._suspended = suspended
+            told = suspended or not self._config_changed
+            if not suspended:
+                self._config_changed = False
+        if not told:
+            self._tell("CONFIG_CHANGE_MSG")
+
+    def reset(self) -> None:
+        """The device was reset: the front-end has unmapped everything."""
+        with self._sending:
+            self._maps.clear()
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket; whoever waits gets no answer."""
+        with suppress(OSError):
+            self._connection.socket.shutdown(socket.SHUT_RDWR)
         self._connection.close()
+
+    # Sending
+
+    def _forget(self, area: ShmemMap) -> None:
+        with self._sending:
+            self._maps = [other for other in self._maps if not area.covers(other)]
+
+    def _tell(self, name: str, payload: Payload = Empty(), fds: Sequence[int] = (), wait: bool = False) -> bool:
+        if not wait or not self._protocol_features() & _PF.REPLY_ACK:
+            return self._send(name, 0, payload, fds)
+        answer = self._ask(name, FLAG_NEED_REPLY, payload, fds)
+        if answer is None:
+            return False
+        with answer:
+            return answer.payload == bytes(8)
+
+    def _send(self, name: str, flags: int, payload: Payload, fds: Sequence[int]) -> bool:
+        row = BACKEND_REQUESTS[name]
+        missing = (row.gate | (_PF.BACKEND_SEND_FD if fds else 0)) & ~self._protocol_features()
+        with self._sending:
+            if missing or self._suspended:
+                log.debug("-> %s not sent: %s", name, "the front-end did not negotiate it" if missing else "all rings are stopped")
+                return False
+            log.debug("-> %s %s", name, payload)
+            try:
+                self._connection.send(row.number, flags, payload.pack(), fds)
+            except (VhostUserError, OSError) as error:
+                log.warning("%s could not be sent: %s", name, error)
+                return False
+        return True
+
+    def _ask(self, name: str, flags: int, payload: Payload, fds: Sequence[int] = ()) -> Message | None:
+        """Send a request and wait for its answer; None when it could not be sent or is not answered. Late answers to earlier ones are dropped."""
+        if threading.get_ident() == self._control:
+            raise RuntimeError(f"{name} would wait for the front-end in the control thread, which the front-end may be waiting for")
+        with self._asking:
+            if not self._send(name, flags, payload, fds):
+                return None
+            self._owed += 1
+            deadline = time.monotonic() + self.ANSWER_TIMEOUT
+            try:
+                while True:
+                    answer = self._connection.receive(max(0.0, deadline - time.monotonic()))
+                    self._owed -= 1
+                    if not self._owed:
+                        break
+                    answer.close()
+            except (VhostUserError, OSError, ValueError) as error:  # ValueError: it was closed here
+                log.warning("%s is not answered: %s", name, error)
+                return None
+        if (answer.request, answer.flags) != (BACKEND_REQUESTS[name].number, FLAG_REPLY | VERSION):
+            log.warning("%s is answered by message %d with flags %#x", name, answer.request, answer.flags)
+            answer.close()
+            return None
+        return answer
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -750,6 +1115,7 @@ class VhostUserBackend:
     protocol_features   protocol features that the device implements itself; the framework adds `PROTOCOL_FEATURES`
     withheld_protocol_features   likewise
     config              config space: bytes, or a ctypes structure, or None when the front-end owns it
+    drafts              whether to offer `DRAFTS` as well: protocol features whose numbers may change yet
     """
 
     num_queues: int = 1
@@ -759,8 +1125,10 @@ class VhostUserBackend:
     protocol_features: int = 0
     withheld_protocol_features: int = 0
     config: bytes | bytearray | ctypes.Structure | None = None
+    drafts: bool = False
 
     _channel: BackendChannel | None = None
+    _transfer: _Transfer | None = None
 
     # Serving
 
@@ -826,6 +1194,72 @@ class VhostUserBackend:
         """To be called by the device: config space has changed. Returns whether the front-end could be told."""
         return self._channel is not None and self._channel.config_change()
 
+    # Network
+
+    def send_rarp(self, mac: bytes) -> None:
+        """The guest has moved here and cannot tell the network: broadcast a RARP from this address (SEND_RARP)."""
+        raise Refused("this device sends no RARP")
+
+    def set_mtu(self, mtu: int) -> None:
+        """The MTU that the driver was told, in bytes (NET_SET_MTU). Raises Refused for one that doesn't suit."""
+        raise Refused("this device has no MTU")
+
+    # Crypto
+
+    def create_crypto_session(self, opcode: int, parameters: SymmetricSession | AsymmetricSession) -> int:
+        """Returns a number for the new session, 0 or more (CREATE_CRYPTO_SESSION; `opcode` as in virtio 1.3 §5.9.7). Raises Refused."""
+        raise Refused("this device has no crypto sessions")
+
+    def close_crypto_session(self, session_id: int) -> None:
+        """Forget the session (CLOSE_CRYPTO_SESSION). Raises Refused when there is none."""
+        raise Refused(f"there is no crypto session {session_id}")
+
+    # Graphics
+
+    def set_gpu_socket(self, sock: socket.socket) -> None:
+        """The front-end's display is at the other end of this socket, the device's from here on (GPU_SET_SOCKET; vhost-user-gpu)."""
+        sock.close()
+        raise Refused("this device has no display")
+
+    # Shared objects and shared memory
+
+    def get_shared_object(self, uuid: UUID) -> int | None:
+        """A new file descriptor of the dma-buf that the device exports, closed when it was sent; None: there is none (GET_SHARED_OBJECT)."""
+        return None
+
+    def get_shmem_config(self) -> Sequence[int]:
+        """Sizes of the device's shared memory regions by shmid, in bytes, whole pages; asked once in a connection (GET_SHMEM_CONFIG)."""
+        return ()
+
+    # State for migration
+
+    def save_state(self, file: BinaryIO) -> None:
+        """Write all of the device's state. In a thread of its own, with all rings stopped; what it raises fails the migration, after which the
+        device may go on."""
+        raise NotImplementedError(f"{type(self).__name__} has no save_state")
+
+    def load_state(self, file: BinaryIO) -> None:
+        """Read what `save_state` of the same device elsewhere has written, to the end of the file. Likewise."""
+        raise NotImplementedError(f"{type(self).__name__} has no load_state")
+
+    def set_device_state_fd(self, direction: int, phase: int, fd: int) -> int | None:
+        """The level below: begin to write the state to `fd` (`direction` STATE_SAVE) or to read it from there (STATE_LOAD), and close it, which
+        ends the transfer (SET_DEVICE_STATE_FD). The descriptor is the device's, on every path. Must not wait.
+
+        Returns None, or a better channel's end for the front-end to use instead, closed when it was sent. Raises Refused."""
+        if self._transfer and self._transfer.running:
+            os.close(fd)
+            raise Refused("another transfer is under way")
+        self._transfer = _Transfer(self.load_state if direction == STATE_LOAD else self.save_state, fd, direction == STATE_LOAD)
+        return None
+
+    def check_device_state(self) -> None:
+        """Wait for the transfer's end. Raises Refused when it failed, or there was none (CHECK_DEVICE_STATE)."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
+            raise Refused("no device state was transferred")
+        transfer.finish()
+
     # What happened
 
     def connected(self) -> None:
@@ -841,6 +1275,16 @@ class VhostUserBackend:
     def ring_stopped(self, index: int) -> None:
         """The ring has stopped, with nothing in flight."""
 
+    def suspended(self) -> None:
+        """All rings have stopped: from now on guest memory is not to be written, and the front-end takes no requests."""
+
+    def resumed(self) -> None:
+        """A ring is about to start, the first one."""
+
+    def cancel_in_flight(self, index: int) -> None:
+        """The ring stops at once: let what is in flight touch guest memory no more. It is recorded, and comes again when the ring starts
+        (GET_VRING_BASE_SKIP_DRAIN). Completing it is of no effect from now on."""
+
     def reload(self) -> None:
         """The administrator asks to look at the device's resources again (SIGHUP)."""
 
@@ -854,8 +1298,11 @@ def _offered_features(backend: VhostUserBackend) -> int:
 
 
 def _offered_protocol_features(backend: VhostUserBackend) -> int:
-    config = _PF.CONFIG if backend.config is not None or type(backend).get_config is not VhostUserBackend.get_config else 0
-    return int(backend.protocol_features | (PROTOCOL_FEATURES | config) & ~backend.withheld_protocol_features)
+    features = PROTOCOL_FEATURES | (_PF.CONFIG if backend.config is not None else 0) | (DRAFTS if backend.drafts else 0)
+    for name, feature in HOOKS:
+        if getattr(type(backend), name) is not getattr(VhostUserBackend, name):
+            features |= feature
+    return int(backend.protocol_features | features & ~backend.withheld_protocol_features)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1027,6 +1474,99 @@ class VringEpollHandler:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# Device state
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class _StateFile(io.RawIOBase):
+    """An end of the channel for device state, which it owns. Waits for the peer only where `abort` can end that, whatever the file's mode."""
+
+    def __init__(self, fd: int, loads: bool) -> None:
+        self._fd = fd
+        self._loads = loads
+        self._abort: _Event | None = _Event()
+        self._abort_fd = self._abort.fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN if loads else select.POLLOUT)
+        self._poll.register(self._abort_fd, select.POLLIN)
+
+    def abort(self) -> None:
+        """No more is read or written. From any thread."""
+        event = self._abort
+        if event:
+            event.set()
+
+    def _wait(self) -> None:
+        if self._abort_fd in dict(self._poll.poll()):
+            raise Disconnected("the transfer was given up")
+
+    def readable(self) -> bool:
+        return self._loads
+
+    def writable(self) -> bool:
+        return not self._loads
+
+    def readinto(self, buffer: Any) -> int:
+        self._wait()
+        return os.readv(self._fd, [buffer])
+
+    def write(self, data: Any) -> int:
+        self._wait()
+        return os.write(self._fd, memoryview(data)[: select.PIPE_BUF])  # more might have to wait for room
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._fd)
+            self._abort = None  # its descriptor goes as well
+
+
+class _Transfer:
+    """Device state on its way (vhost-user, "Migrating back-end state"), in a thread of its own."""
+
+    PATIENCE = 10.0  # seconds that its end is waited for
+
+    def __init__(self, method: Callable[[BinaryIO], None], fd: int, loads: bool) -> None:
+        """Have `method` read the state from `fd`, or write it there. Owns the fd."""
+        self._method = method
+        self._loads = loads
+        self._file = _StateFile(fd, loads)
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name=method.__name__, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        file = io.BufferedReader(self._file) if self._loads else io.BufferedWriter(self._file)
+        try:
+            with file:
+                self._method(cast(BinaryIO, file))
+                if self._loads and file.read(1):
+                    raise Refused("there is more than the device has read")
+        except Exception as error:
+            log.warning("%s of the device failed: %s", self._method.__name__, error, exc_info=not isinstance(error, (VhostUserError, OSError)))
+            self._failure = str(error) or type(error).__name__
+
+    @property
+    def running(self) -> bool:
+        """Whether it is under way."""
+        return self._thread.is_alive()
+
+    def abort(self) -> None:
+        """Give up."""
+        self._file.abort()
+        self._thread.join(1)
+
+    def finish(self) -> None:
+        """Wait for its end. Raises Refused when it failed, or does not end."""
+        self._thread.join(self.PATIENCE)
+        if self.running:
+            self.abort()
+            raise Refused(f"{self._method.__name__} of the device does not end")
+        if self._failure:
+            raise Refused(f"{self._method.__name__} of the device failed: {self._failure}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # Sessions
 # ---------------------------------------------------------------------------------------------------------------------------
 
@@ -1047,6 +1587,9 @@ class _Session:
         self._channel: BackendChannel | None = None
         self._log_view: memoryview | None = None
         self._log_fd: int | None = None
+        self._suspended = True  # no ring is started
+        self._tracked = 0  # rings whose in-flight chains are recorded
+        self._shmem_config: ShmemConfig | None = None
 
     def run(self) -> None:
         """Serve the connection to its end. Raises ProtocolError, Disconnected, InterruptedError; whatever it is, rings are stopped and
@@ -1064,6 +1607,7 @@ class _Session:
             self._stop_ring(index, gone=True)
             self._vrings[index].reset()
             self._vrings[index].set_err(None)
+        self._abort_transfer()
         if self._channel:
             self._channel.close()
         if self._log_fd is not None:
@@ -1100,12 +1644,11 @@ class _Session:
 
     def _answer(self, row: Request, message: Message, reply: Payload | None, failure: Exception | None) -> None:
         """An explicit reply, or else an acknowledgement if one is asked for: never both, or the stream is out of step."""
-        if row.reply is Config and failure:
-            self._connection.send(row.number, FLAG_REPLY)  # without payload: an error (vhost-user, GET_CONFIG)
-        elif row.reply:
-            if reply is None:
+        if row.reply:
+            answer = row.failed if reply is None else reply
+            if answer is None:
                 raise ProtocolError(f"{row.name}: {failure}; its reply cannot say so")
-            self._connection.send(row.number, FLAG_REPLY, reply.pack(), message.reply_fds)
+            self._connection.send(row.number, FLAG_REPLY, answer.pack(), message.reply_fds if reply else ())
         elif message.flags & FLAG_NEED_REPLY and self._protocol_features & _PF.REPLY_ACK:
             self._connection.send(row.number, FLAG_REPLY, U64(1 if failure else 0).pack())
 
@@ -1148,6 +1691,9 @@ class _Session:
         unknown = payload.value & ~_offered_protocol_features(self._backend)
         if unknown:
             raise ProtocolError(f"SET_PROTOCOL_FEATURES {payload.value:#x} has bits that were not offered: {unknown:#x}")
+        needed = _PF.GET_VRING_BASE_INFLIGHT | _PF.INFLIGHT_SHMFD
+        if payload.value & _PF.GET_VRING_BASE_SKIP_DRAIN and needed & ~payload.value:
+            raise ProtocolError("GET_VRING_BASE_SKIP_DRAIN without GET_VRING_BASE_INFLIGHT and INFLIGHT_SHMFD, where it would be recorded")
         self._protocol_features = payload.value
 
     def _get_queue_num(self, payload: Empty, message: Message) -> Payload:
@@ -1156,14 +1702,18 @@ class _Session:
     def _set_backend_req_fd(self, payload: Empty, message: Message) -> None:
         if self._channel:
             self._channel.close()
+        sock = self._take_socket("SET_BACKEND_REQ_FD", message)
+        self._channel = BackendChannel(sock, lambda: self._protocol_features, lambda: self._shmem().sizes, self._suspended)
+        self._call(self._backend.set_backend_req_fd, self._channel)
+
+    @staticmethod
+    def _take_socket(name: str, message: Message) -> socket.socket:
         fd = message.take_fd()
         try:
-            sock = socket.socket(fileno=fd)
+            return socket.socket(fileno=fd)
         except OSError as error:
             os.close(fd)
-            raise ProtocolError(f"SET_BACKEND_REQ_FD: the file descriptor is no socket ({error})") from None
-        self._channel = BackendChannel(sock, lambda: self._protocol_features)
-        self._call(self._backend.set_backend_req_fd, self._channel)
+            raise ProtocolError(f"{name}: the file descriptor is no socket ({error})") from None
 
     # Memory
 
@@ -1267,6 +1817,7 @@ class _Session:
             vring.set_kick(None)
             raise Refused(f"ring {payload.index}: the kick file descriptor cannot be polled: {error}") from None
         was_started = vring.started
+        self._resume()
         try:
             vring.start()
         except GuestMemoryError as error:
@@ -1297,15 +1848,22 @@ class _Session:
         self._ring(payload.index)
         return VringStatePayload(payload.index, self._stop_ring(payload.index))
 
-    def _stop_ring(self, index: int, gone: bool = False) -> int:
+    def _get_vring_base_skip_drain(self, payload: VringStatePayload, message: Message) -> Payload:
+        self._ring(payload.index)
+        # Without an in-flight region there is nowhere to record what is in flight: it has to be waited for.
+        return VringStatePayload(payload.index, self._stop_ring(payload.index, drain=payload.index >= self._tracked))
+
+    def _stop_ring(self, index: int, gone: bool = False, drain: bool = True) -> int:
         """Take nothing more, wait until nothing is in flight, let go of the ring. Returns where it would go on.
 
-        `gone`: the front-end is no more; what is in flight gets a moment only."""
+        `gone`: the front-end is no more; what is in flight gets a moment only. Without `drain` it is not waited for."""
         vring = self._vrings[index]
         was_started = vring.started
         vring.suspend()
         waited = 0
-        while not vring.wait_idle(0.0 if vring.broken else 1.0):
+        if not drain:
+            self._call(self._backend.cancel_in_flight, index)
+        while drain and not vring.wait_idle(0.0 if vring.broken else 1.0):
             waited += 1
             if gone or vring.broken or self._connection.peer_gone():
                 break
@@ -1315,7 +1873,26 @@ class _Session:
         if was_started:
             with suppress(Refused) if gone else nullcontext():
                 self._call(self._backend.ring_stopped, index)
+            with suppress(Refused) if gone else nullcontext():
+                self._suspend()
         return base
+
+    def _resume(self) -> None:
+        """A ring is about to start."""
+        if self._suspended:
+            self._suspended = False
+            self._abort_transfer()
+            if self._channel:
+                self._channel.suspend(False)
+            self._call(self._backend.resumed)
+
+    def _suspend(self) -> None:
+        """A ring has stopped. After the last one the front-end is told nothing more (vhost-user, "Suspended device state")."""
+        if not self._suspended and not any(vring.started for vring in self._vrings):
+            self._suspended = True
+            if self._channel:
+                self._channel.suspend(True)
+            self._call(self._backend.suspended)
 
     def _reset_owner(self, payload: Empty, message: Message) -> None:
         for vring in self._vrings:  # deprecated; what the specification recommends for those who still send it
@@ -1344,6 +1921,7 @@ class _Session:
         area = map_shared(message.fds[0], payload.mmap_offset, payload.mmap_size)
         for index, vring in enumerate(self._vrings):
             vring.set_inflight(area[index * stride : (index + 1) * stride] if index < payload.num_queues else None)
+        self._tracked = payload.num_queues
 
     # Config space
 
@@ -1368,6 +1946,10 @@ class _Session:
         self._addresses = [None] * len(self._vrings)
         self._switch_log()
         self._status = 0
+        self._tracked = 0
+        self._abort_transfer()
+        if self._channel:
+            self._channel.reset()
         self._call(self._backend.reset_device)
 
     def _set_status(self, payload: U64, message: Message) -> None:
@@ -1379,6 +1961,62 @@ class _Session:
 
     def _get_status(self, payload: Empty, message: Message) -> Payload:
         return U64(self._status)
+
+    def _send_rarp(self, payload: Mac, message: Message) -> None:
+        self._call(self._backend.send_rarp, payload.address)
+
+    def _net_set_mtu(self, payload: U64, message: Message) -> None:
+        if not 68 <= payload.value <= 0xFFFF:  # virtio 1.3 §5.1.4.1
+            raise Refused(f"an MTU of {payload.value}: must be 68 to 65535")
+        self._call(self._backend.set_mtu, payload.value)
+
+    def _create_crypto_session(self, payload: CryptoSession, message: Message) -> Payload:
+        session_id = self._call(self._backend.create_crypto_session, payload.opcode, payload.parameters)
+        return CryptoSession(payload.opcode, payload.data, session_id)
+
+    def _close_crypto_session(self, payload: U64, message: Message) -> None:
+        self._call(self._backend.close_crypto_session, payload.value)
+
+    def _gpu_set_socket(self, payload: Empty, message: Message) -> None:
+        self._call(self._backend.set_gpu_socket, self._take_socket("GPU_SET_SOCKET", message))
+
+    def _get_shared_object(self, payload: Shared, message: Message) -> Payload:
+        fd = self._call(self._backend.get_shared_object, payload.uuid)
+        if fd is not None:
+            message.reply_fds.append(fd)
+        return payload
+
+    def _get_shmem_config(self, payload: Empty, message: Message) -> Payload:
+        return self._shmem()
+
+    def _shmem(self) -> ShmemConfig:
+        if self._shmem_config is None:
+            config = ShmemConfig(tuple(self._call(self._backend.get_shmem_config)))
+            config.check()
+            self._shmem_config = config
+        return self._shmem_config
+
+    # Device state
+
+    def _set_device_state_fd(self, payload: DeviceState, message: Message) -> Payload:
+        if payload.direction not in (STATE_SAVE, STATE_LOAD) or payload.phase:
+            raise Refused(f"a transfer of unknown kind, {payload}")
+        if not self._suspended:
+            raise Refused("a ring is started")
+        fd = self._call(self._backend.set_device_state_fd, payload.direction, payload.phase, message.take_fd())
+        if fd is None:
+            return U64(STATE_NO_FD)
+        message.reply_fds.append(fd)
+        return U64(0)
+
+    def _check_device_state(self, payload: Empty, message: Message) -> Payload:
+        self._call(self._backend.check_device_state)
+        return U64(0)
+
+    def _abort_transfer(self) -> None:
+        transfer = self._backend._transfer
+        if transfer:
+            transfer.abort()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1677,6 +2315,25 @@ class FrontendQueue:
             os.close(fd)
 
 
+@dataclass(frozen=True)
+class BackendMessage:
+    """A request of the back-end. The file descriptors that came with it are the reader's."""
+
+    request: Request
+    payload: Payload
+    fds: list[int]
+
+    @property
+    def name(self) -> str:
+        """The request's name in BACKEND_REQUESTS."""
+        return self.request.name
+
+    @property
+    def number(self) -> int:
+        """The request's number."""
+        return self.request.number
+
+
 class Frontend:
     """The front-end's side of a connection: what a VMM does, for tests, for load and for tools.
 
@@ -1695,6 +2352,9 @@ class Frontend:
         self.queues: list[FrontendQueue] = []
         self.channel: Connection | None = None
         self.arena = (0, 0)  # guest address and size of the memory that rings don't use
+        self.shared_objects: dict[UUID, int] = {}  # what the back-end may look up: file descriptors, the caller's
+        self.exported: set[UUID] = set()  # what the back-end has added
+        self.maps: list[ShmemMap] = []  # what it has mapped
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], timeout: float = TIMEOUT) -> Frontend:
@@ -1752,7 +2412,7 @@ class Frontend:
                 if U64.unpack(answer.payload).value:
                     raise Refused(f"{name} {payload} failed in the back-end")
                 return None
-            if row.reply is Config and not answer.payload:
+            if row.failed is not None and answer.payload == row.failed.pack():
                 raise Refused(f"{name} {payload} failed in the back-end")
             if reply_fds is not None:
                 reply_fds += answer.fds
@@ -1771,8 +2431,7 @@ class Frontend:
         offered = self._ask("GET_FEATURES")
         self.features = offered & (features | 1 << VHOST_USER_F_PROTOCOL_FEATURES)
         if offered >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
-            ours = PROTOCOL_FEATURES | _PF.CONFIG
-            self.protocol_features = _PF(self._ask("GET_PROTOCOL_FEATURES") & ours & protocol_features)
+            self.protocol_features = _PF(self._ask("GET_PROTOCOL_FEATURES") & _WANTED & protocol_features)
             # Acknowledgements begin with the next message.
             row = REQUESTS["SET_PROTOCOL_FEATURES"]
             self.connection.send(row.number, 0, U64(int(self.protocol_features)).pack())
@@ -1791,16 +2450,41 @@ class Frontend:
         """How many queues the back-end has; 1 if it does not say."""
         return self._ask("GET_QUEUE_NUM") if self.protocol_features & _PF.MQ else 1
 
-    def next_backend_request(self, timeout: float = TIMEOUT) -> Request:
-        """The back-end's next request to us, acknowledged if it asks for that. Raises TimeoutError, ProtocolError, Disconnected."""
+    def next_backend_request(self, timeout: float = TIMEOUT) -> BackendMessage:
+        """The back-end's next request to us, answered if it asks for that: shared objects are looked up in `shared_objects`, maps are kept in
+        `maps`. Raises TimeoutError, ProtocolError, Disconnected."""
         if self.channel is None:
             raise ProtocolError("BACKEND_REQ was not negotiated")
         with self.channel.receive(timeout) as message:
             row = _row_of(message, _BACKEND_BY_NUMBER)
-            row.payload.unpack(message.payload)
-            if message.flags & FLAG_NEED_REPLY and self.protocol_features & _PF.REPLY_ACK:
-                self.channel.send(row.number, FLAG_REPLY, U64(0).pack())
-            return row
+            if row.gate & ~self.protocol_features:
+                raise ProtocolError(f"{row.name} without {row.gate.name} negotiated")
+            row.check_fds(len(message.fds))
+            payload = row.payload.unpack(message.payload)
+            value, fds = self._answer(payload, row)
+            if row.reply or (message.flags & FLAG_NEED_REPLY and self.protocol_features & _PF.REPLY_ACK):
+                self.channel.send(row.number, FLAG_REPLY, U64(value).pack(), fds)
+            taken, message.fds = message.fds, []
+            return BackendMessage(row, payload, taken)
+
+    def _answer(self, payload: Payload, row: Request) -> tuple[int, Sequence[int]]:
+        """What a request of the back-end is answered with: 0 or an error, and a file descriptor where one goes with it."""
+        if isinstance(payload, ShmemMap):
+            same = [other for other in self.maps if other.covers(payload)]
+            if row.name == "SHMEM_UNMAP":
+                self.maps = [other for other in self.maps if other not in same]
+                return int(not same), ()
+            if any(other.overlaps(payload) for other in self.maps):
+                return 1, ()
+            self.maps.append(payload)
+        elif row.name == "SHARED_OBJECT_ADD" and isinstance(payload, Shared):
+            self.exported.add(payload.uuid)
+        elif row.name == "SHARED_OBJECT_REMOVE" and isinstance(payload, Shared):
+            self.exported.discard(payload.uuid)
+        elif row.name == "SHARED_OBJECT_LOOKUP" and isinstance(payload, Shared):
+            fd = self.shared_objects.get(payload.uuid)
+            return (1, ()) if fd is None else (0, (fd,))
+        return 0, ()
 
     # Memory
 
@@ -1849,9 +2533,9 @@ class Frontend:
         """SET_VRING_ENABLE."""
         self.request("SET_VRING_ENABLE", VringStatePayload(index, int(enabled)))
 
-    def stop_queue(self, queue: FrontendQueue) -> int:
-        """Stop the ring (GET_VRING_BASE) and close its eventfds. Returns where it would go on."""
-        reply = self.request("GET_VRING_BASE", VringStatePayload(queue.index, 0))
+    def stop_queue(self, queue: FrontendQueue, drain: bool = True) -> int:
+        """Stop the ring (GET_VRING_BASE, or GET_VRING_BASE_SKIP_DRAIN) and close its eventfds. Returns where it would go on."""
+        reply = self.request("GET_VRING_BASE" if drain else "GET_VRING_BASE_SKIP_DRAIN", VringStatePayload(queue.index, 0))
         self.queues.remove(queue)
         queue.close()
         assert isinstance(reply, VringStatePayload)
@@ -1880,6 +2564,70 @@ class Frontend:
     def set_config(self, offset: int, data: bytes, flags: int = CONFIG_FLAG_WRITABLE) -> None:
         """Write config space. Raises Refused where it is read-only, if the back-end acknowledges."""
         self.request("SET_CONFIG", Config(offset, flags, data))
+
+    # Devices of some kinds
+
+    def create_crypto_session(self, opcode: int, parameters: SymmetricSession | AsymmetricSession) -> int:
+        """CREATE_CRYPTO_SESSION: the number of the new session. Raises Refused when the back-end makes none."""
+        reply = self.request("CREATE_CRYPTO_SESSION", CryptoSession.of(opcode, parameters))
+        if not isinstance(reply, CryptoSession) or reply.session_id < 0:
+            raise Refused(f"the back-end has made no crypto session of opcode {opcode:#x}")
+        return reply.session_id
+
+    def get_shared_object(self, uuid: UUID) -> int | None:
+        """GET_SHARED_OBJECT: the dma-buf that the back-end exports, a file descriptor of the caller's."""
+        fds: list[int] = []
+        with suppress(Refused):
+            self.request("GET_SHARED_OBJECT", Shared(uuid), reply_fds=fds)
+        if len(fds) > 1:
+            _close_all(fds)
+            raise ProtocolError("GET_SHARED_OBJECT is answered with more than one file descriptor")
+        return fds[0] if fds else None
+
+    def get_shmem_config(self) -> tuple[int, ...]:
+        """GET_SHMEM_CONFIG: sizes of the shared memory regions, by shmid."""
+        reply = self.request("GET_SHMEM_CONFIG")
+        assert isinstance(reply, ShmemConfig)
+        return reply.sizes
+
+    # Migration
+
+    def save_state(self) -> bytes:
+        """The device's state, with all rings stopped. Raises Refused when the back-end could not save it."""
+        ours, theirs = os.pipe()
+        with open(self._state_channel(STATE_SAVE, ours, theirs), "rb") as file:
+            state = file.read()
+        self._check_state()
+        return state
+
+    def load_state(self, state: bytes) -> None:
+        """Give the device this state, with all rings stopped. Raises Refused when the back-end could not load it."""
+        theirs, ours = os.pipe()
+        with suppress(BrokenPipeError), open(self._state_channel(STATE_LOAD, ours, theirs), "wb") as file:
+            file.write(state)
+        self._check_state()
+
+    def _state_channel(self, direction: int, ours: int, theirs: int) -> int:
+        """SET_DEVICE_STATE_FD with the back-end's end of a pipe. Returns ours, or that of the back-end's own channel."""
+        fds: list[int] = []
+        try:
+            reply = self.request("SET_DEVICE_STATE_FD", DeviceState(direction, 0), [theirs], fds)
+            if not isinstance(reply, U64) or reply.value & 0xFF or bool(reply.value & STATE_NO_FD) == bool(fds):
+                _close_all(fds)
+                raise Refused(f"SET_DEVICE_STATE_FD failed in the back-end: {reply}")
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        if not fds:
+            return ours
+        os.close(ours)
+        return fds[0]
+
+    def _check_state(self) -> None:
+        if self._ask("CHECK_DEVICE_STATE"):
+            raise Refused("the back-end could not save or load the device's state")
 
     # All of it
 

@@ -19,7 +19,17 @@ from pathlib import Path
 import vhost_user
 import vring
 from tools.bundle import ROOT
-from vhost_user import BACKEND_REQUESTS, PROTOCOL_FEATURES, REQUESTS, Frontend, VhostUserBackend, VhostUserDaemon, VhostUserProtocolFeatures
+from vhost_user import (
+    BACKEND_REQUESTS,
+    DRAFTS,
+    HOOKS,
+    PROTOCOL_FEATURES,
+    REQUESTS,
+    Frontend,
+    VhostUserBackend,
+    VhostUserDaemon,
+    VhostUserProtocolFeatures,
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -152,8 +162,11 @@ class Names(unittest.TestCase):
     def test_supported(self) -> None:
         self.assertEqual(row("Requests"), set(REQUESTS))
         self.assertEqual(row("Back-end's requests"), set(BACKEND_REQUESTS))
-        mine = PROTOCOL_FEATURES | VhostUserProtocolFeatures.CONFIG
-        self.assertEqual(row("Protocol features"), {flag.name for flag in VhostUserProtocolFeatures if flag & mine})
+        hooked = VhostUserProtocolFeatures.HOST_NOTIFIER
+        for _, feature in HOOKS:
+            hooked |= feature
+        for name, mine in ("Protocol features", PROTOCOL_FEATURES), ("Protocol features of devices with their hooks", hooked), ("Drafts", DRAFTS):
+            self.assertEqual(row(name), {flag.name for flag in VhostUserProtocolFeatures if flag & mine})
         offered = {name for name in dir(vring) if name.startswith("VIRTIO_F_") and vhost_user.FEATURES >> getattr(vring, name) & 1}
         self.assertEqual({f"VIRTIO_F_{name}" for name in row("Ring features")}, offered)
 
