@@ -46,6 +46,7 @@ __all__ = [
     "atomic_or",
     "map_shared",
     "survive_truncation",
+    "truncation",
 ]
 
 MAX_REGIONS = 509
@@ -70,7 +71,7 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.syscall.restype = ctypes.c_long
 
-_PROT_READ_WRITE = 3
+_PROT_READ, _PROT_READ_WRITE = 1, 3
 _MAP_SHARED = 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE = os.sysconf("SC_PAGESIZE")
@@ -85,8 +86,10 @@ _MMAP_CAUSES = {
 }
 
 
-def map_shared(fd: int, offset: int, size: int) -> memoryview:
-    """Map `size` bytes of `fd` from `offset`, shared, readable and writable; the view (and every slice of it) keeps the mapping alive.
+def map_shared(fd: int, offset: int, size: int, writable: bool = True) -> memoryview:
+    """Map `size` bytes of `fd` from `offset`, shared; the view (and every slice of it) keeps the mapping alive.
+
+    Unless it is `writable`, nobody may write to the view: that would end the process.
 
     Raises GuestMemoryError, also for a file that is too short: touching what it has not would raise SIGBUS.
     """
@@ -94,7 +97,8 @@ def map_shared(fd: int, offset: int, size: int) -> memoryview:
     unit = _mapping_unit(fd)
     start = offset & -unit
     length = -(-(offset - start + size) // unit) * unit  # munmap of hugetlbfs takes whole huge pages only
-    address = _libc.mmap(None, length, _PROT_READ_WRITE, _MAP_SHARED, fd, start)
+    protection = _PROT_READ_WRITE if writable else _PROT_READ
+    address = _libc.mmap(None, length, protection, _MAP_SHARED, fd, start)
     if address is None or address == _MAP_FAILED:
         code = ctypes.get_errno()
         cause = _MMAP_CAUSES.get(code, "see errno")
@@ -148,6 +152,16 @@ _SI_ADDR = 16  # offset of si_addr in siginfo_t, with 64-bit pointers
 _MAP_PRIVATE_FIXED_ANONYMOUS = 0x2 | 0x10 | 0x20
 
 
+class _Truncation:
+    """What has been met so far. When `pages` has changed across a copy, the copy may hold zeroes instead of data."""
+
+    def __init__(self) -> None:
+        self.pages = 0
+
+
+truncation = _Truncation()
+
+
 def _on_sigbus(number: int, info: int, context: int) -> None:
     """Put a page of zeroes where guest memory has gone. Anywhere else SIGBUS has its usual effect.
 
@@ -159,6 +173,7 @@ def _on_sigbus(number: int, info: int, context: int) -> None:
     for address, length in list(_mappings.items()):
         inside = address <= touched < address + length
         if inside and _libc.mmap(page, _PAGE, _PROT_READ_WRITE, _MAP_PRIVATE_FIXED_ANONYMOUS, -1, 0) == page:
+            truncation.pages += 1
             return
     _libc.sigaction(number, ctypes.byref(_Sigaction()), None)  # the default: the same access ends the process
 

@@ -450,6 +450,8 @@ class Queue(ABC):
     size         entries
     outstanding  descriptors-in-ring that the device has taken and not yet published as used (split: chains)
     completed    (token, length) of chains that are done and not yet published; any thread may append
+    taken        chains taken so far
+    waiting      chains that were there at the last `take`, itself included; a guess where it could not see all
     malformed    chains that were refused so far
     """
 
@@ -462,6 +464,7 @@ class Queue(ABC):
         self.size = size
         self.outstanding = 0
         self.taken = 0
+        self.waiting = 0
         self.malformed = 0
         self.completed: list[tuple[int, int]] = []
         self.event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
@@ -796,7 +799,7 @@ class SplitQueue(Queue):
         if _SWAP:
             index = _swap16(index)
         position = self._next_avail
-        waiting = (index - position) & 0xFFFF
+        self.waiting = waiting = (index - position) & 0xFFFF
         if not waiting:
             return []
         size = self.size
@@ -1111,6 +1114,8 @@ class PackedQueue(Queue):
         self._next_avail = position
         self._avail_wrap = int(wanted == PACKED_F_AVAIL)
         self.outstanding = size - room
+        count = len(taken)
+        self.waiting = count if count < limit else limit + self.waiting // 2 + 1
         self._hand_out(taken)
         self._taken_again = False
         return taken
@@ -1380,7 +1385,7 @@ class VringState:
         self._completed: list[tuple[int, int]] = []
         self._depth = 0
         self._chunk = 16  # chains that are taken, served and published together
-        self._busy = 0  # iterations in a row that ended before the ring was empty
+        self._mostly_waiting = 32.0  # chains that were there when some were taken: falls slowly, rises at once
         self._idle = threading.Event()
         self._kick: int | None = None
         self._call: int | None = None
@@ -1444,7 +1449,6 @@ class VringState:
             while total < self._BUDGET:
                 chains = self._take()
                 if not chains:
-                    self._ran_empty(total)
                     return
                 total += len(chains)
                 coming = iter(chains)
@@ -1455,34 +1459,24 @@ class VringState:
                     if rest and self._queue:
                         self._queue.put_back(rest)
                 self._flush()
-            self._stayed_busy()
         finally:
             self._leave()
-
-    def _ran_empty(self, total: int) -> None:
-        """All there was, `total` chains, has been served: if at one go, go half as far the next time.
-
-        What is published after the first half lets the driver send more during the second, so that neither side ever waits for the other;
-        it also halves the time that a finished request waits for its batch."""
-        self._busy = 0
-        if self._LEAST_CHUNK < total <= self._chunk:
-            self._chunk = max(self._LEAST_CHUNK, (total + 1) // 2)
-
-    def _stayed_busy(self) -> None:
-        """The driver always had more: now and then try larger chunks, which cost less."""
-        self._busy += 1
-        if self._busy % 8 == 0:
-            self._chunk = min(2 * self._chunk, self._MOST_CHUNK)
 
     def _take(self) -> list[DescriptorChain]:
         queue = self._queue
         if queue is None or not self.active:
             return []
         try:
-            return queue.take(self._chunk)
+            chains = queue.take(self._chunk)
         except _BrokenRing as reason:
             self.fail(str(reason))
             return []
+        # Half of what the driver mostly has waiting: what is published after the first half lets it send more during the second, so
+        # that neither side waits for the other, and a finished request waits no longer for its batch than it must.
+        waiting, mostly = queue.waiting, self._mostly_waiting
+        self._mostly_waiting = mostly = waiting if waiting > mostly else mostly - (mostly - waiting) * 0.05
+        self._chunk = min(max(round(mostly / 2), self._LEAST_CHUNK), self._MOST_CHUNK)
+        return chains
 
     def add_used(self, chain: DescriptorChain, length: int) -> None:
         """The device is done with `chain`, and has written `length` bytes into it. From any thread, in any order.
