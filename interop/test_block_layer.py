@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from . import sid
 from .diskcheck import MIB
-from .peers import Disk, Process, serve_disk
-from .support import InteropTest, needs, needs_sid, overwrite, tail
+from .peers import Disk, Process, serve_disk, start_backend
+from .support import REPOSITORY, InteropTest, needs, needs_sid, overwrite, tail
 
 SIZE = 64 * MIB
 
@@ -55,6 +56,17 @@ class BlockLayer(InteropTest):
         status, output = self.qemu_io(*commands)
         self.assertEqual(status, 0, output)
         self.assertNotIn("failed", output)
+
+    def test_disk_in_one_file(self) -> None:
+        """The framework and the disk as one file, for appliances, run by itself in an empty folder."""
+        image, program = self.image("disk.img", SIZE), self.dir / "disk.py"
+        subprocess.run([sys.executable, "-m", "tools.bundle", "--device", "blk", "-o", str(program)], cwd=REPOSITORY, check=True)
+        argv = [sys.executable, "-I", str(program), "--socket-path", str(self.socket), "--blk-file", str(image)]
+        start_backend(self, argv, self.socket)
+        self.succeeds("write -P 0x5a 1M 64k", "read -P 0x5a 1M 64k", "flush")
+        with open(image, "rb") as file:
+            file.seek(MIB)
+            self.assertEqual(file.read(64 << 10), b"\x5a" * (64 << 10))
 
     def test_write_and_read_with_pattern(self) -> None:
         image, _ = self.serve()
