@@ -66,6 +66,7 @@ if TYPE_CHECKING or BUNDLE or not __package__:
     from vhost_user import (
         BACKEND_REQUESTS,
         FEATURES,
+        GPU_REQUESTS,
         PROTOCOL_FEATURES,
         REQUESTS,
         U64,
@@ -75,6 +76,7 @@ if TYPE_CHECKING or BUNDLE or not __package__:
         Config,
         Connection,
         CryptoSession,
+        DeviceState,
         Disconnected,
         Empty,
         Frontend,
@@ -118,6 +120,7 @@ else:
     from .vhost_user import (
         BACKEND_REQUESTS,
         FEATURES,
+        GPU_REQUESTS,
         PROTOCOL_FEATURES,
         REQUESTS,
         U64,
@@ -127,6 +130,7 @@ else:
         Config,
         Connection,
         CryptoSession,
+        DeviceState,
         Disconnected,
         Empty,
         Frontend,
@@ -3243,6 +3247,8 @@ class EachRequestTests(WireTest):
             os.close(fd)
             self.assertIsNone(frontend.get_shared_object(UUID(int=5)))
             self.assertEqual(len(open_fds()), before)
+        with self.served(device) as served, served.peer() as peer:
+            peer.msg("GET_SHARED_OBJECT", b"", expect=bytes(16))  # as QEMU 11.1 asks
 
     def test_set_device_state_fd(self) -> None:
         """State goes out and in through the descriptor, which is closed at the end. An error comes without a descriptor, and bit 8 says so."""
@@ -3288,6 +3294,89 @@ class EachRequestTests(WireTest):
             frontend.load_state(b"1234")
             self.assertEqual(len(open_fds()), before)
             self.expect_log("load_state of the device failed: there is more than the device has read")
+
+    @contextlib.contextmanager
+    def saving(self, device: Whole) -> Iterator[tuple[Served, Frontend, int]]:
+        """A device with more state than a pipe holds, of which nothing is read yet; the descriptor is where it would be."""
+        device.state = bytes(1 << 20)
+        ours, theirs = os.pipe()
+        with self.served(device) as served, served.connect() as frontend:
+            frontend.negotiate(-1)
+            self.assertEqual(frontend.request("SET_DEVICE_STATE_FD", DeviceState(0, 0), [theirs]), U64(0x100))
+            os.close(theirs)
+            try:
+                yield served, frontend, ours
+            finally:
+                os.close(ours)
+
+    def test_device_state_that_waits_for_the_front_end(self) -> None:
+        """The control socket answers meanwhile; there is one transfer at a time, and none is waited for without end."""
+        with self.saving(Whole()) as (_, frontend, _):
+            self.assertEqual(frontend.queue_num(), 2)
+            with self.assertRaises(Refused):
+                frontend.save_state()
+            patience, vhost_user._Transfer.PATIENCE = vhost_user._Transfer.PATIENCE, 0.02
+            try:
+                with self.assertRaises(Refused):
+                    frontend.request("CHECK_DEVICE_STATE")
+            finally:
+                vhost_user._Transfer.PATIENCE = patience
+            self.expect_log("SET_DEVICE_STATE_FD .* refused: another transfer is under way")
+            self.expect_log("CHECK_DEVICE_STATE .* refused: save_state of the device does not end")
+
+    def test_device_state_transfer_is_given_up(self) -> None:
+        """When a ring starts, the device is reset, the front-end leaves, or the daemon is shut down."""
+
+        def start(served: Served, frontend: Frontend) -> None:
+            frontend.request("SET_VRING_KICK", VringFd(0), [self.event_fd])
+
+        def reset(served: Served, frontend: Frontend) -> None:
+            frontend.request("RESET_DEVICE")
+
+        def leave(served: Served, frontend: Frontend) -> None:
+            frontend.connection.socket.shutdown(socket.SHUT_RDWR)
+
+        def shut_down(served: Served, frontend: Frontend) -> None:
+            served.daemon.shutdown()
+
+        for end in start, reset, leave, shut_down:
+            with self.subTest(end.__name__), self.saving(Whole()) as (served, frontend, fd):
+                end(served, frontend)
+                state = b""
+                while piece := os.read(fd, 65536):  # there is an end
+                    state += piece
+                self.assertLess(len(state), 1 << 20)
+                wait_until(lambda: not any(thread.name == "save_state" for thread in threading.enumerate()), "the thread to end")
+        self.expect_log("save_state of the device failed: the transfer was given up")
+
+    def test_device_state_over_a_channel_of_the_device(self) -> None:
+        """Its descriptor goes back without bit 8."""
+
+        class Own(Whole):
+            def set_device_state_fd(self, direction: int, phase: int, fd: int) -> int | None:
+                os.close(fd)
+                own = os.memfd_create("state")
+                os.pwrite(own, b"from a file", 0)
+                return own
+
+            def check_device_state(self) -> None:
+                pass
+
+        with self.served(Own()) as served, served.connect() as frontend:
+            frontend.negotiate(-1)
+            before = len(open_fds())
+            self.assertEqual(frontend.save_state(), b"from a file")
+            self.assertEqual(len(open_fds()), before)
+
+    def test_gpu_message_set(self) -> None:
+        """12 messages; those with sizes that their C structures have."""
+        self.assertEqual([number for number, _, _ in GPU_REQUESTS.values()], [*range(1, 13)])
+        sizes = {name: (payload.size, reply.size if reply else None) for name, (_, payload, reply) in GPU_REQUESTS.items()}
+        self.assertEqual(sizes["GET_DISPLAY_INFO"], (0, 408))
+        self.assertEqual(sizes["CURSOR_UPDATE"], (16404, None))
+        self.assertEqual(sizes["DMABUF_SCANOUT"], (40, None))
+        self.assertEqual(sizes["DMABUF_SCANOUT2"], (48, None))
+        self.assertEqual(sizes["GET_EDID"], (4, 1056))
 
     def test_get_shmem_config(self) -> None:
         """The number of regions that there are, and 256 sizes."""
@@ -4545,6 +4634,18 @@ class ChannelTests(DaemonTest):
                 os.close(found)
             self.assertIsNone(channel.shared_object_lookup(UUID(int=6)))
 
+    def test_answers_to_lookup_that_are_wrong(self) -> None:
+        """An error with a descriptor, success without one, an answer to something else."""
+        with self.whole() as (_, channel, frontend):
+            assert frontend.channel
+            fd = self.memfd(PAGE)
+            before = len(open_fds())
+            for request, value, fds in (8, 1, [fd]), (8, 0, []), (9, 0, [fd]):
+                frontend.channel.send(request, 4, u64(value), fds)
+                self.assertIsNone(channel.shared_object_lookup(UUID(int=5)))
+            self.assertEqual(len(open_fds()), before)
+            self.expect_log("SHARED_OBJECT_LOOKUP is answered by message 9", times=1)
+
     def test_late_answer_is_not_taken_for_the_next_one(self) -> None:
         with self.whole() as (_, channel, frontend):
             fd = self.memfd(PAGE)
@@ -4624,8 +4725,9 @@ class ChannelTests(DaemonTest):
             thread = threading.Thread(target=lambda: found.append(channel.shared_object_lookup(UUID(int=5))), name="waits")
             thread.start()
             wait_until(lambda: bool(frontend.channel and is_readable(frontend.channel.socket)), "the question")
-        thread.join(PATIENCE)
-        self.assertEqual(found, [None])
+            frontend.connection.socket.shutdown(socket.SHUT_RDWR)  # the channel stays open at its end
+            thread.join(channel.ANSWER_TIMEOUT / 2)
+            self.assertEqual(found, [None])
         self.expect_log("SHARED_OBJECT_LOOKUP is not answered")
 
     def test_suspended_device_is_silent(self) -> None:

@@ -587,6 +587,8 @@ class Shared(Payload):
 
     @classmethod
     def unpack(cls, data: bytes) -> Shared:
+        if not data:
+            return cls(UUID(int=0))  # QEMU 11.1 forgets it in GET_SHARED_OBJECT: then it is nobody's
         if len(data) != cls.LAYOUT.size:
             raise ProtocolError(f"payload of {len(data)} bytes, a UUID has {cls.LAYOUT.size}")
         return cls(UUID(bytes=data))
@@ -763,6 +765,27 @@ BACKEND_REQUESTS = {row.name: row for row in _BACKEND_ROWS}
 
 _BY_NUMBER = {row.number: row for row in _ROWS}
 _BACKEND_BY_NUMBER = {row.number: row for row in _BACKEND_ROWS}
+
+_GPU_UPDATE = struct.Struct("=5I")  # scanout, x, y, width, height
+_GPU_CURSOR = struct.Struct("=3I")  # scanout, x, y
+_GPU_HEADER = "<IIQIB3x"  # of replies that are virtio_gpu_ctrl_hdr (virtio 1.3 §5.7.6.7)
+
+GPU_REQUESTS: dict[str, tuple[int, struct.Struct, struct.Struct | None]] = {
+    "GET_PROTOCOL_FEATURES": (1, Empty.LAYOUT, U64.LAYOUT),
+    "SET_PROTOCOL_FEATURES": (2, U64.LAYOUT, None),
+    "GET_DISPLAY_INFO": (3, Empty.LAYOUT, struct.Struct(_GPU_HEADER + 16 * "6I")),  # for each scanout: x, y, width, height, enabled, flags
+    "CURSOR_POS": (4, _GPU_CURSOR, None),
+    "CURSOR_POS_HIDE": (5, _GPU_CURSOR, None),
+    "CURSOR_UPDATE": (6, struct.Struct("=5I16384s"), None),  # scanout, x, y, hot x, hot y, 64 * 64 pixels
+    "SCANOUT": (7, struct.Struct("=3I"), None),  # scanout, width, height
+    "UPDATE": (8, _GPU_UPDATE, None),  # and the pixels
+    "DMABUF_SCANOUT": (9, struct.Struct("=9Ii"), None),  # scanout, x, y, width, height; dma-buf's width, height, stride, flags, fourcc
+    "DMABUF_UPDATE": (10, _GPU_UPDATE, Empty.LAYOUT),
+    "GET_EDID": (11, struct.Struct("=I"), struct.Struct(_GPU_HEADER + "I4x1024s")),  # scanout; size, EDID
+    "DMABUF_SCANOUT2": (12, struct.Struct("=9IiQ"), None),  # the same, and the modifier
+}
+"""What a back-end says over the socket of GPU_SET_SOCKET: number, payload and reply (vhost-user-gpu, "Message types"). Headers are as here,
+with flags 0 in requests and FLAG_REPLY in replies."""
 
 
 def _row_of(message: Message, table: dict[int, Request]) -> Request:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 
 from .diskcheck import RING_PACKED
 from .guest import NEWEST, OLDEST, Device, Machine, QemuGuest
-from .peers import serve_rng
-from .support import InteropTest
+from .peers import serve_rng, start_backend
+from .support import InteropTest, wait_for
 
 
 class Rng(InteropTest):
@@ -33,3 +34,23 @@ class Rng(InteropTest):
 
     def test_oldest(self) -> None:
         self.read_hwrng(OLDEST, packed=False)
+
+    def test_requests_to_the_front_end(self) -> None:
+        """QEMU 11.1 asks for shared memory regions; it maps and unmaps in them, refuses an overlap, and knows shared objects.
+
+        It looks an object up without saying which, so none is found: the connection must survive that."""
+        socket = self.dir / "rng.sock"
+        argv = [sys.executable, "-m", "interop.asking_rng", "--log-level", "debug", "--socket-path", str(socket)]
+        backend = start_backend(self, argv, socket)
+        guest = QemuGuest(NEWEST, self.dir, [Device("vhost-user-rng-pci", socket, {}, name="rng0")])
+        self.addCleanup(guest.kill)
+        guest.wait_ready()
+        output = socket.with_suffix(".log")
+        wait_for(lambda: "remove:" in output.read_text(), "the device to have asked everything")
+        lines = output.read_text().splitlines()
+        self.assertTrue(any("<- GET_SHMEM_CONFIG  -> region 0: 0x10000 bytes, region 2: 0x4000 bytes" in line for line in lines))
+        answers = [line for line in lines if ": " in line and " vhost_user: " not in line]
+        wanted = ["map read-only: True", "map over it: False", "map: True", "unmap: True", "map again: True", "add: True", "remove: True"]
+        self.assertEqual([line for line in answers if not line.startswith("found:")], wanted)
+        self.assertEqual(len(bytes.fromhex(guest.run("dd if=/dev/hwrng bs=64 count=1 2>/dev/null | xxd -p | tr -d '\\n'"))), 64)
+        self.assertTrue(backend.running())
