@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .diskcheck import MIB, same_content
-from .guest import NEWEST, QemuGuest, disk_device
+from .guest import NEWEST, Device, QemuGuest, disk_device
 from .peers import Disk, needs_disk, serve_disk, start_backend
 from .support import PATIENCE, InteropTest
 from .test_recovery import LOAD
@@ -99,6 +99,29 @@ class Migration(InteropTest):
         self.assertRegex(output, r"^\d+ runs")
         self.assertIn("err= 0", output)
         same_content(target, image)
+
+    def test_device_state(self) -> None:
+        """What a device alone knows goes from one back-end through both QEMUs to the other, more of it than a pipe holds."""
+        guests = []
+        state = os.urandom(3 * MIB + 1)
+        for side in "source", "target":
+            socket, file = self.dir / f"{side}.sock", self.dir / f"{side}.state"
+            file.write_bytes(state if side == "source" else b"nothing yet")
+            argv = [sys.executable, "-m", "interop.stateful_fs", "--log-level", "debug", "--socket-path", str(socket), "--state", str(file)]
+            start_backend(self, argv, socket)
+            device = Device("vhost-user-fs-pci", socket, {"tag": "files", "num-request-queues": 1, "queue-size": 128})
+            guests.append(QemuGuest(NEWEST, self.dir, [device], incoming=side == "target"))
+            self.addCleanup(guests[-1].kill)
+        source, target = guests
+        source.wait_ready()
+        self.begin(source, target, bandwidth=1 << 30)
+        self.finish(source)
+        self.assertEqual(target.run("echo here").strip(), "here")
+        self.assertTrue((self.dir / "target.state").read_bytes() == state, "the state is another one")
+        for side, direction in ("source", 0), ("target", 1):
+            log = (self.dir / f"{side}.log").read_text()
+            self.assertIn(f"<- SET_DEVICE_STATE_FD direction {direction}, phase 0 -> 0x100", log)
+            self.assertIn("<- CHECK_DEVICE_STATE  -> 0x0", log)
 
     def begin(self, source: QemuGuest, target: QemuGuest, bandwidth: int) -> None:
         uri = f"unix:{self.dir}/migration.sock"
