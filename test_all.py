@@ -4335,6 +4335,27 @@ class DeviceTests(DaemonTest):
     def test_calls_of_a_mut_back_end_are_serialised(self) -> None:
         self.assertEqual(self.two_workers(VhostUserBackendMut, MOMENT), (1, 2))
 
+    def test_control_thread_goes_before_a_busy_worker(self) -> None:
+        """A worker that always has more does not keep the front-end's requests waiting, though locks of Python are not fair."""
+
+        class Busy(VhostUserBackendMut):
+            config = b"space"
+            batches = 0
+
+            def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool:
+                self.batches += 1
+                time.sleep(0.001)
+                return True
+
+        device = Busy()
+        with self.connected(device) as frontend:
+            frontend.queues[0].kick()
+            wait_until(lambda: device.batches > 5, "the worker to be busy")
+            for _ in range(50):
+                before = device.batches
+                frontend.get_config(0, 5)
+                self.assertLessEqual(device.batches - before, 3)
+
     def test_calls_of_the_other_back_end_are_concurrent(self) -> None:
         self.assertEqual(self.two_workers(VhostUserBackend, PATIENCE / 2), (2, 2))
 

@@ -52,7 +52,7 @@ import threading
 import time
 from abc import ABC
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import astuple, dataclass
 from enum import IntFlag
 from types import FrameType
@@ -79,10 +79,12 @@ if TYPE_CHECKING or not __package__:
         VIRTIO_F_VERSION_1,
         Buffer,
         DriverQueue,
+        NoLock,
         PackedDriverQueue,
         PackedInflight,
         SplitDriverQueue,
         SplitInflight,
+        TurnLock,
         VringError,
         VringMutex,
         VringRwLock,
@@ -109,10 +111,12 @@ else:
         VIRTIO_F_VERSION_1,
         Buffer,
         DriverQueue,
+        NoLock,
         PackedDriverQueue,
         PackedInflight,
         SplitDriverQueue,
         SplitInflight,
+        TurnLock,
         VringError,
         VringMutex,
         VringRwLock,
@@ -1362,9 +1366,7 @@ class VringEpollHandler:
 
     _POLLED_PAUSE = 0.001  # seconds between looks at an idle ring that has no kick eventfd
 
-    def __init__(
-        self, name: str, backend: VhostUserBackend, calls: AbstractContextManager[Any], vrings: Sequence[VringState], thread_id: int
-    ) -> None:
+    def __init__(self, name: str, backend: VhostUserBackend, calls: TurnLock | NoLock, vrings: Sequence[VringState], thread_id: int) -> None:
         self.vrings = vrings
         self.thread_id = thread_id
         self._backend = backend
@@ -1465,8 +1467,11 @@ class VringEpollHandler:
         if not vring.active:
             return  # the ring is looked at when it becomes active
         try:
-            with self._calls:
+            self._calls.acquire()
+            try:
                 more = self._backend.handle_event(position, evset, self.vrings, self.thread_id)
+            finally:
+                self._calls.release()
         except Exception:
             log.exception("ring %d: the device failed", vring.index)
             vring.fail("the device raised an exception")
@@ -1477,8 +1482,11 @@ class VringEpollHandler:
     def _listen(self, fd: int, evset: int) -> None:
         data = self._listeners[fd]
         try:
-            with self._calls:
+            self._calls.acquire()
+            try:
                 self._backend.handle_event(data, evset, self.vrings, self.thread_id)
+            finally:
+                self._calls.release()
         except Exception:
             log.exception("listener %d (file descriptor %d): the device failed; the listener is removed", data, fd)
             with suppress(ValueError, OSError):
@@ -2130,7 +2138,7 @@ class VhostUserDaemon:
         self.backend = backend
         self.memory = mem or GuestMemoryAtomic()
         self.vrings = [vring(self.memory, backend.max_queue_size, index) for index in range(backend.num_queues)]
-        self.calls: AbstractContextManager[Any] = threading.RLock() if isinstance(backend, VhostUserBackendMut) else nullcontext()
+        self.calls = TurnLock() if isinstance(backend, VhostUserBackendMut) else NoLock()
         self._masks = [mask & (1 << backend.num_queues) - 1 for mask in backend.queues_per_thread()]
         if sum(mask.bit_count() for mask in self._masks) != backend.num_queues or sum(self._masks) != (1 << backend.num_queues) - 1:
             raise ValueError(f"queues_per_thread {self._masks} does not have each of {backend.num_queues} queues once")

@@ -45,11 +45,13 @@ __all__ = [
     "DescriptorChain",
     "DriverQueue",
     "MAX_QUEUE_SIZE",
+    "NoLock",
     "PackedDriverQueue",
     "PackedQueue",
     "Queue",
     "SplitDriverQueue",
     "SplitQueue",
+    "TurnLock",
     "VIRTIO_F_IN_ORDER",
     "VIRTIO_F_INDIRECT_DESC",
     "VIRTIO_F_EVENT_IDX",
@@ -1264,8 +1266,8 @@ class VringT(Protocol):
     def set_err(self, fd: int | None) -> None: ...
 
 
-class _NoLock:
-    """For a ring that one thread alone uses."""
+class NoLock:
+    """In its place, where nothing needs a lock."""
 
     def acquire(self, wait: bool = True) -> bool:
         return True
@@ -1276,12 +1278,18 @@ class _NoLock:
     def release(self) -> None:
         pass
 
+    def __enter__(self) -> None:
+        pass
 
-class _RingLock:
-    """A reentrant lock for one worker that takes it batch after batch, and for others who want to change the ring now and then.
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class TurnLock:
+    """A reentrant lock for workers that take it batch after batch (`acquire`), and for others who need it now and then (`with`).
 
     Python's locks are not fair: a busy worker that releases and takes again would keep everybody else out. So the others stand in a
-    gate while they wait, and the worker passes through that gate before each batch.
+    gate while they wait, and a worker passes through that gate before each batch.
     """
 
     def __init__(self) -> None:
@@ -1310,7 +1318,7 @@ class _RingLock:
             self._lock.release()
 
     def acquire_first(self, timeout: float) -> bool:
-        """Before the worker's next batch. Returns whether the lock was had within `timeout` seconds."""
+        """Before a worker's next batch. Returns whether the lock was had within `timeout` seconds (-1: waits without end)."""
         me = threading.get_ident()
         if self._owner != me:
             with self._gate:
@@ -1320,8 +1328,14 @@ class _RingLock:
         self._depth += 1
         return True
 
+    def __enter__(self) -> None:
+        self.acquire_first(timeout=-1)
 
-class _ReadersLock(_RingLock):
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class _ReadersLock(TurnLock):
     """The same, and any number of threads may read while nobody changes anything."""
 
     def __init__(self) -> None:
@@ -1371,7 +1385,7 @@ class VringState:
         self.active = False
         self.broken: str | None = None
         self.wake: Callable[[], None] = lambda: None  # makes the ring's worker look at it
-        self._lock: _NoLock | _RingLock = self._make_lock()
+        self._lock: NoLock | TurnLock = self._make_lock()
         self._memory = memory
         self._features = 0
         self._size = max_queue_size
@@ -1395,8 +1409,8 @@ class VringState:
         self._quiet_until = 0.0
 
     @staticmethod
-    def _make_lock() -> _NoLock | _RingLock:
-        return _NoLock()
+    def _make_lock() -> NoLock | TurnLock:
+        return NoLock()
 
     def __repr__(self) -> str:
         switches = [name for name in ("started", "enabled", "active", "broken") if getattr(self, name)]
@@ -1814,8 +1828,8 @@ class VringMutex(VringState):
     """A ring behind a lock: for any number of threads."""
 
     @staticmethod
-    def _make_lock() -> _RingLock:
-        return _RingLock()
+    def _make_lock() -> TurnLock:
+        return TurnLock()
 
 
 class VringRwLock(VringState):
