@@ -3349,6 +3349,14 @@ class EachRequestTests(WireTest):
                 wait_until(lambda: not any(thread.name == "save_state" for thread in threading.enumerate()), "the thread to end")
         self.expect_log("save_state of the device failed: the transfer was given up")
 
+    def test_device_state_of_another_connection(self) -> None:
+        """What one front-end left unfinished is not what the next one asks about."""
+        with self.saving(Whole()) as (served, frontend, _):
+            frontend.connection.close()
+            with served.peer() as peer:
+                peer.msg("CHECK_DEVICE_STATE", expect=u64(1))
+            self.expect_log("CHECK_DEVICE_STATE .* refused: no device state was transferred")
+
     def test_device_state_over_a_channel_of_the_device(self) -> None:
         """Its descriptor goes back without bit 8."""
 

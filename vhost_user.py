@@ -1912,7 +1912,7 @@ class _Session:
         """A ring is about to start."""
         if self._suspended:
             self._suspended = False
-            self._abort_transfer()
+            self._abort_transfer(forget=False)
             if self._channel:
                 self._channel.suspend(False)
             self._call(self._backend.resumed)
@@ -2044,10 +2044,12 @@ class _Session:
         self._call(self._backend.check_device_state)
         return U64(0)
 
-    def _abort_transfer(self) -> None:
+    def _abort_transfer(self, forget: bool = True) -> None:
         transfer = self._backend._transfer
         if transfer:
             transfer.abort()
+        if forget:
+            self._backend._transfer = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
