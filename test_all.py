@@ -4595,7 +4595,7 @@ class ChannelTests(DaemonTest):
 
     def test_every_row_has_its_test(self) -> None:
         names = {name.removesuffix("_MSG").lower() for name in BACKEND_REQUESTS}
-        self.assertEqual({name for name in names if not hasattr(self, f"test_{name}")}, set())
+        self.assertEqual({name for name in names if not hasattr(self, f"test_{name}")}, set(), "requests of the back-end without a test here")
 
     @contextlib.contextmanager
     def whole(self, **setup: Any) -> Iterator[tuple[Whole, BackendChannel, Frontend]]:

@@ -44,7 +44,7 @@ done
 TOOLS = ("fio", "mkfs.ext4", "e2fsck")
 BUSYBOX = "/bin/busybox"
 # Ext4's checksums are a module by themselves in Debian 12's kernel, and built in later: what isn't there is left out.
-MODULES = ("virtio_pci", "virtio_blk", "virtio_rng", "crc32c_generic", "crc32c_intel", "ext4")
+MODULES = ("virtio_pci", "virtio_blk", "virtio_rng", "crc32c_generic", "crc32c_intel", "ext4", "virtio_crypto")
 LZ4_LEGACY = bytes.fromhex("02214c18")
 ZSTD = bytes.fromhex("28b52ffd")
 
