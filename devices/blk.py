@@ -20,7 +20,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from guest_memory import map_shared, truncation
+from guest_memory import GuestMemoryError, map_shared, truncation
 from vhost_user import Refused, VhostUserBackend, VringT, run_device
 from vring import DescriptorChain
 
@@ -155,7 +155,7 @@ class FileImage(Image):
             raise ValueError(f"{path} is neither a file nor a block device")
         self.read = functools.partial(os.preadv, self.fd)
         self.write = functools.partial(os.pwritev, self.fd)
-        self._mapping = memoryview(b"")
+        self._mapping = memoryview(b""), 0  # and `truncation.pages` when it was made
         if _in_memory(self.fd) if mapped is None else mapped:
             self.read = self._read_mapped
             self.refresh()
@@ -167,11 +167,14 @@ class FileImage(Image):
 
     def refresh(self) -> None:
         if self.read == self._read_mapped:
-            size = self.size()
-            self._mapping = map_shared(self.fd, 0, size, writable=False) if size else memoryview(b"")
+            size, pages = self.size(), truncation.pages
+            try:
+                self._mapping = map_shared(self.fd, 0, size, writable=False) if size else memoryview(b""), pages
+            except GuestMemoryError as error:  # or it was cut short just now
+                raise OSError(errno.EIO, str(error)) from error
 
     def _read_mapped(self, views: Views, offset: int) -> int:
-        memory, position, before = self._mapping, offset, truncation.pages
+        (memory, pages), position = self._mapping, offset
         try:
             for view in views:
                 end = position + len(view)
@@ -179,8 +182,9 @@ class FileImage(Image):
                 position = end
         except ValueError:  # beyond the mapping: the file has grown, or is shorter than it was
             return os.preadv(self.fd, views, offset)
-        if truncation.pages != before:
-            raise OSError(errno.EIO, "the image was cut short while it was read")
+        if truncation.pages != pages:  # something was cut short, maybe this file: the mapping may keep zeroes where there is data again
+            self.refresh()
+            return os.preadv(self.fd, views, offset)
         return position - offset
 
     def flush(self) -> None:
@@ -210,7 +214,7 @@ class FileImage(Image):
         raise OSError(code, os.strerror(code), self.name)
 
     def close(self) -> None:
-        self._mapping = memoryview(b"")
+        self._mapping = memoryview(b""), 0
         os.close(self.fd)
 
 
