@@ -394,6 +394,7 @@ class Blk(VhostUserBackend):
         self._serial = (serial or image.name).encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._capacity = image.size() // SECTOR
         self._durable_writes = False
+        self._can_flush: bool | None = None  # as negotiated
         self._resizing = threading.Lock()
         self.features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH | F_CONFIG_WCE | F_MQ
         if read_only:
@@ -429,15 +430,24 @@ class Blk(VhostUserBackend):
     # State
 
     def acked_features(self, features: int) -> None:
-        # A driver that cannot flush expects that a write is durable when it is done (virtio 1.3 §5.2.6.2).
-        self._set_writeback(int(bool(features & F_FLUSH)))
+        # A driver that cannot flush expects that a write is durable when it is done (virtio 1.3 §5.2.6.2). The same features come again when
+        # a migration begins, with rings running: what the driver has chosen since stays.
+        can_flush = bool(features & F_FLUSH)
+        if can_flush != self._can_flush:
+            self._can_flush = can_flush
+            self._set_writeback(int(can_flush))
 
     def _set_writeback(self, writeback: int) -> None:
         self.config.writeback = writeback
         self._durable_writes = not writeback
 
     def reset_device(self) -> None:
+        self._can_flush = None
         self._set_writeback(1)
+
+    def disconnected(self) -> None:
+        super().disconnected()
+        self.reset_device()
 
     def set_config(self, offset: int, data: bytes, flags: int) -> None:
         if offset != BlkConfig.writeback.offset or len(data) != 1 or data[0] > 1:
