@@ -235,6 +235,8 @@ class RamImage(Image):
         if size <= 0:
             raise ValueError(f"a disk of {size} bytes")
         self.name = "ram"
+        if size > sys.maxsize:
+            raise OSError(errno.ENOMEM, f"a disk of {size} bytes does not fit memory")
         self._memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._view = memoryview(self._memory)
         self.read = self._read
@@ -605,7 +607,7 @@ def _build(arguments: argparse.Namespace) -> Blk:
     if (arguments.blk_file is None) == (arguments.ram is None):
         raise ValueError("one of --blk-file and --ram is needed")
     mapped = {"auto": None, "sync": False, "mmap": True}[arguments.aio]
-    image = RamImage(arguments.ram) if arguments.ram else FileImage(arguments.blk_file, arguments.read_only, mapped)
+    image = RamImage(arguments.ram) if arguments.ram is not None else FileImage(arguments.blk_file, arguments.read_only, mapped)
     disk = Blk(
         image,
         read_only=arguments.read_only,
@@ -624,8 +626,8 @@ def _has_gil() -> bool:
 
 
 def main() -> int:
-    """The program: `--blk-file` and `--read-only` are the conventions' (vhost-user, "vhost-user-blk")."""
-    return run_device("blk", _build, _options, features=("read-only", "blk-file"))
+    """The program: `--blk-file` and `--read-only` are the conventions' (vhost-user, "vhost-user-blk"), whose name of the type is "block"."""
+    return run_device("block", _build, _options, features=("read-only", "blk-file"))
 
 
 if __name__ == "__main__":
