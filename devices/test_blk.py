@@ -1,0 +1,1104 @@
+"""Tests of devices/blk.py: `python3 -m unittest devices.test_blk`.
+
+A real daemon over a real socket, driven with `Frontend`; most tests run on each kind of image (a file read by system calls, a file in memory
+read through a mapping, memory of the process) and with each ring layout. Every test counts what it leaves behind. The random test prints its
+seed when it fails; VHOST_USER_SEED=N runs that one again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import gc
+import io
+import json
+import logging
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from devices import blk
+from devices.blk import SECTOR, Blk, FileImage, Image, RamImage, SizeWatch, parse_size
+from guest_memory import survive_truncation
+from vhost_user import Frontend, FrontendQueue, Refused, VhostUserBackend, VhostUserDaemon
+
+ROOT = Path(__file__).resolve().parent.parent
+SHM = "/dev/shm"
+PATIENCE = 10.0
+MIB = 1 << 20
+
+FLUSH, RO, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES = (1 << bit for bit in (9, 5, 11, 12, 13, 14))
+EVERYTHING = Frontend.RING_FEATURES | (1 << 24) - 1  # the device type's own features are bits 0 to 23
+IN, OUT, T_FLUSH, GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+OK, IOERR, UNSUPP = 0, 1, 2
+GUARD = 0xA5
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Helpers
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Parts:
+    """One chain in guest memory: pieces with bytes between them that belong to nobody."""
+
+    GAP = 3
+
+    def __init__(self, frontend: Frontend, at: int, readable: Sequence[bytes], writable: Sequence[int]) -> None:
+        self._memory = frontend.memory
+        self.start = at
+        self.readable: list[tuple[int, int]] = []
+        self.writable: list[tuple[int, int]] = []
+        expected = bytearray([GUARD]) * (sum(map(len, readable)) + sum(writable) + self.GAP * (len(readable) + len(writable)))
+        for piece in readable:
+            expected[at - self.start : at - self.start + len(piece)] = piece
+            self.readable.append((at, len(piece)))
+            at += len(piece) + self.GAP
+        for length in writable:
+            self.writable.append((at, length))
+            at += length + self.GAP
+        self.end = at
+        self._expected = expected
+        self._memory.write(self.start, bytes(expected))
+
+    def result(self) -> bytes:
+        """What is in the writable parts. Nothing else may have changed."""
+        now = bytearray(self._memory.read(self.start, len(self._expected)))
+        found = b""
+        for address, length in self.writable:
+            span = slice(address - self.start, address - self.start + length)
+            found += now[span]
+            now[span] = self._expected[span]
+        assert now == self._expected, "the device wrote outside of the writable parts"
+        return found
+
+
+def cut(data: bytes, sizes: Sequence[int]) -> list[bytes]:
+    """`data` in pieces of these sizes, and the rest."""
+    pieces, at = [], 0
+    for size in [*sizes, len(data)]:
+        if data[at : at + size]:
+            pieces.append(data[at : at + size])
+        at += size
+    return pieces
+
+
+class Driver:
+    """A device served over a socket, and a front-end's one request at a time."""
+
+    def __init__(self, backend: VhostUserBackend, folder: str, **setup: Any) -> None:
+        self.daemon = VhostUserDaemon("test", backend)
+        path = os.path.join(folder, f"socket-{time.monotonic_ns()}")
+        self.daemon.start(path)
+        try:
+            self.frontend = Frontend.connect(path)
+        except BaseException:
+            self.daemon.shutdown()
+            raise
+        try:
+            self.queues = list(self.frontend.setup(**{"features": EVERYTHING, "memory": 8 * MIB, **setup}))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.queues = []
+        self.frontend.close()
+        self.daemon.shutdown()
+        self.daemon.wait()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def chain(self, readable: Sequence[bytes], writable: Sequence[int], queue: int = 0, at: int | None = None) -> Parts:
+        """Make a chain available, not yet published."""
+        parts = Parts(self.frontend, self.frontend.arena[0] if at is None else at, readable, writable)
+        self.queues[queue].driver.add(parts.readable, parts.writable, parts)
+        return parts
+
+    def collect(self, count: int, queue: int = 0) -> list[tuple[Parts, int]]:
+        """Publish, and wait for `count` chains to come back."""
+        self.queues[queue].publish()
+        found: list[tuple[Parts, int]] = []
+        while len(found) < count:
+            found += self.queues[queue].wait(PATIENCE)  # type: ignore[arg-type]
+        assert len(found) == count
+        return found
+
+    def exchange(self, readable: Sequence[bytes], writable: Sequence[int]) -> tuple[int, bytes]:
+        """One chain: the length that the device told, and the writable bytes."""
+        parts = self.chain(readable, writable)
+        ((token, length),) = self.collect(1)
+        assert token is parts
+        return length, parts.result()
+
+
+class Disk(Driver):
+    """A disk on an image of one kind."""
+
+    def __init__(self, image: Image, folder: str, path: str, *, setup: dict[str, Any] | None = None, **options: Any) -> None:
+        self.image = image
+        self.path = path
+        self.blk = Blk(image, **options)
+        super().__init__(self.blk, folder, **(setup or {}))
+
+    def content(self) -> bytes:
+        """All of the image, behind the device's back."""
+        if self.path:
+            return Path(self.path).read_bytes()
+        found = bytearray(self.image.size())
+        assert self.image.read([memoryview(found)], 0) == len(found)
+        return bytes(found)
+
+    def request(
+        self, kind: int, sector: int = 0, out: bytes = b"", into: int = 0, read_cut: Sequence[int] = (16,), write_cut: Sequence[int] | None = None
+    ) -> tuple[int, bytes]:
+        """A request's status, and the data that came in. The cuts say how long the first pieces are."""
+        pieces = cut(struct.pack("<IIQ", kind, 0, sector) + out, read_cut)
+        sizes = [len(piece) for piece in cut(bytes(into + 1), (into,) if write_cut is None else write_cut)]
+        length, data = self.exchange(pieces, sizes)
+        assert length == into + 1, length
+        return data[-1], data[:-1]
+
+    def read(self, sector: int, length: int) -> bytes:
+        """What an IN that succeeds gives."""
+        status, data = self.request(IN, sector, into=length)
+        assert status == OK, status
+        return data
+
+
+class _Log(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        self.exceptions: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+        if record.exc_info and record.exc_info[1] is not None:
+            self.exceptions.append(f"{record.getMessage()}: {record.exc_info[1]!r}")
+
+
+def leftovers() -> tuple[dict[int, str], int, set[threading.Thread]]:
+    """File descriptors, shared mappings and threads of this process."""
+    gc.collect()
+    fds = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            fds[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    fds = {fd: link for fd, link in fds.items() if not link.endswith(f"/proc/{os.getpid()}/fd")}
+    with open("/proc/self/maps") as maps:
+        mappings = sum(line.split()[1].endswith("s") for line in maps)
+    return fds, mappings, set(threading.enumerate())
+
+
+class DeviceTest(unittest.TestCase):
+    """A test that leaves nothing behind, and whose device code raises nothing."""
+
+    def setUp(self) -> None:
+        self.log = _Log()
+        logger = logging.getLogger("vhost_user")
+        before = logger.level, logger.propagate
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(self.log)
+        then = leftovers()
+
+        def check() -> None:
+            logger.removeHandler(self.log)
+            logger.level, logger.propagate = before
+            deadline = time.monotonic() + 3
+            while leftovers() != then and time.monotonic() < deadline:
+                time.sleep(0.01)
+            now = leftovers()
+            self.assertEqual(now[0], then[0], "file descriptors are left over")
+            self.assertEqual(now[1], then[1], "mappings are left over")
+            self.assertEqual({thread.name for thread in now[2] - then[2]}, set(), "threads are left over")
+            self.assertEqual(self.log.exceptions, [], "exceptions were logged")
+
+        self.addCleanup(check)
+        folder = tempfile.TemporaryDirectory(prefix="vhost-user-")
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self._memory_folder: str | None = None
+
+    def path(self, kind: str, content: bytes) -> str:
+        """A new image file: "file", or "mapped" for one in memory."""
+        folder = self.folder
+        if kind == "mapped":
+            if self._memory_folder is None:
+                made = tempfile.TemporaryDirectory(prefix="vhost-user-", dir=SHM)
+                self.addCleanup(made.cleanup)
+                self._memory_folder = made.name
+            folder = self._memory_folder
+        fd, path = tempfile.mkstemp(prefix="disk-", dir=folder)
+        with open(fd, "wb") as file:
+            file.write(content)
+        return path
+
+    @contextlib.contextmanager
+    def disk(self, kind: str, content: bytes, packed: bool = False, image: Callable[[str], Image] | None = None, **options: Any) -> Iterator[Disk]:
+        """A disk of a kind with this content, connected."""
+        path = ""
+        if kind == "ram":
+            behind: Image = RamImage(len(content))
+            behind.write([memoryview(content)], 0)
+        else:
+            path = self.path(kind, content)
+            behind = image(path) if image else FileImage(path, options.get("read_only", False), kind == "mapped")
+        setup = {"packed": packed, **options.pop("setup", {})}
+        try:
+            with Disk(behind, self.folder, path, setup=setup, **options) as disk:
+                yield disk
+        finally:
+            behind.close()
+
+
+KINDS = ("file", *(("mapped",) if os.path.isdir(SHM) else ()), "ram")
+
+
+def content_of(sectors: int, seed: int = 1) -> bytes:
+    """Random content."""
+    return random.Random(seed).randbytes(sectors * SECTOR)
+
+
+def on_every_disk(sectors: int = 64, kinds: Sequence[str] = KINDS, **options: Any) -> Callable[[Callable[[Any, Disk], None]], Callable[[Any], None]]:
+    """Run the test on each kind of image and with each ring layout."""
+
+    def decorate(test: Callable[[Any, Disk], None]) -> Callable[[Any], None]:
+        @functools.wraps(test)
+        def run(self: DeviceTest) -> None:
+            for kind in kinds:
+                for packed in False, True:
+                    with self.subTest(image=kind, packed=packed), self.disk(kind, content_of(sectors), packed, **options) as disk:
+                        test(self, disk)
+
+        return run
+
+    return decorate
+
+
+def segment(sector: int, sectors: int, flags: int = 0) -> bytes:
+    """struct virtio_blk_discard_write_zeroes"""
+    return struct.pack("<QII", sector, sectors, flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Requests
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Requests(DeviceTest):
+    """Each type, as drivers send it."""
+
+    @on_every_disk()
+    def test_read(self, disk: Disk) -> None:
+        before = disk.content()
+        for sector, count in (0, 1), (3, 8), (63, 1), (0, 64):
+            self.assertEqual(disk.read(sector, count * SECTOR), before[sector * SECTOR : (sector + count) * SECTOR])
+        self.assertEqual(disk.content(), before)
+
+    @on_every_disk()
+    def test_write(self, disk: Disk) -> None:
+        model = bytearray(disk.content())
+        for number, (sector, count) in enumerate(((0, 1), (3, 8), (63, 1), (17, 30))):
+            data = content_of(count, number + 2)
+            self.assertEqual(disk.request(OUT, sector, data), (OK, b""))
+            model[sector * SECTOR : (sector + count) * SECTOR] = data
+            self.assertEqual(disk.content(), model)
+            self.assertEqual(disk.read(sector, len(data)), data)
+
+    @on_every_disk()
+    def test_no_data(self, disk: Disk) -> None:
+        """Nothing to read or write is in range up to the end."""
+        before = disk.content()
+        for sector, status in (0, OK), (64, OK), (65, IOERR):
+            self.assertEqual(disk.request(IN, sector), (status, b""))
+            self.assertEqual(disk.request(OUT, sector), (status, b""))
+        self.assertEqual(disk.content(), before)
+
+    @on_every_disk(kinds=[kind for kind in KINDS if kind != "ram"])
+    def test_flush(self, disk: Disk) -> None:
+        with mock.patch("os.fdatasync", wraps=os.fdatasync) as synced:
+            self.assertEqual(disk.request(OUT, 0, bytes(SECTOR)), (OK, b""))
+            self.assertEqual(synced.call_count, 0)
+            self.assertEqual(disk.request(T_FLUSH), (OK, b""))
+            self.assertEqual(synced.call_count, 1)
+
+    @on_every_disk(serial="A serial number")
+    def test_get_id(self, disk: Disk) -> None:
+        self.assertEqual(disk.request(T_FLUSH), (OK, b""))
+        identity = b"A serial number".ljust(20, b"\0")
+        self.assertEqual(disk.request(GET_ID, into=20), (OK, identity))
+        self.assertEqual(disk.request(GET_ID, into=20, write_cut=(1, 7, 9)), (OK, identity))
+        self.assertEqual(disk.request(GET_ID, into=7), (OK, identity[:7]))
+        self.assertEqual(disk.request(GET_ID, into=0), (OK, b""))
+        status, longer = disk.request(GET_ID, into=30)
+        self.assertEqual((status, longer[:20]), (OK, identity))
+
+    def test_serial_defaults_to_the_name(self) -> None:
+        with self.disk("file", content_of(8)) as disk:
+            name = os.path.basename(disk.path).encode()
+            self.assertEqual(disk.request(GET_ID, into=20), (OK, name[:20].ljust(20, b"\0")))
+        with self.disk("ram", content_of(8), serial="far more than twenty bytes") as disk:
+            self.assertEqual(disk.request(GET_ID, into=20), (OK, b"far more than twenty"))
+
+    @on_every_disk(sectors=2048)
+    def test_discard_and_write_zeroes(self, disk: Disk) -> None:
+        """All of them read as zeroes here, at any alignment, in one segment or several; nothing else changes."""
+        model = bytearray(disk.content())
+        for kind, flags in (T_DISCARD, 0), (T_WRITE_ZEROES, 0), (T_WRITE_ZEROES, 1):
+            for ranges in ([(0, 8)], [(3, 1)], [(9, 30), (50, 70), (200, 1)], [(1000, 0)], [(2040, 8)]):
+                base = (kind + flags) % 3 * 300 if ranges[0][0] not in (0, 2040, 1000) else 0
+                segments = b"".join(segment(base + sector, count, flags) for sector, count in ranges)
+                self.assertEqual(disk.request(kind, 77, segments, read_cut=(16, 5)), (OK, b""))
+                for sector, count in ranges:
+                    start = (base + sector) * SECTOR
+                    model[start : start + count * SECTOR] = bytes(count * SECTOR)
+                self.assertEqual(disk.content(), model)
+        self.assertEqual(disk.read(0, 2048 * SECTOR), model)
+
+    @on_every_disk(sectors=8192, kinds=[kind for kind in KINDS if kind != "ram"])
+    def test_blocks(self, disk: Disk) -> None:
+        """A discarded range, and a zeroed one that may be unmapped, takes no space any more; one that may not stays allocated."""
+        if not disk.image.can_discard:
+            self.skipTest("this file system has no holes")
+
+        def blocks() -> int:
+            with open(disk.path, "rb") as file:
+                os.fsync(file.fileno())
+            return os.stat(disk.path).st_blocks
+
+        full = blocks()
+        self.assertGreaterEqual(full, 8192)
+        self.assertEqual(disk.request(T_WRITE_ZEROES, 0, segment(0, 2048)), (OK, b""))
+        self.assertGreaterEqual(blocks(), 8192)
+        self.assertEqual(disk.request(T_WRITE_ZEROES, 0, segment(2048, 2048, 1)), (OK, b""))
+        self.assertLessEqual(blocks(), full - 2048)
+        self.assertEqual(disk.request(T_DISCARD, 0, segment(4096, 2048)), (OK, b""))
+        self.assertLessEqual(blocks(), full - 4096)
+        self.assertEqual(disk.content(), bytes(6144 * SECTOR) + content_of(8192)[6144 * SECTOR :])
+
+    @on_every_disk()
+    def test_unknown_type(self, disk: Disk) -> None:
+        before = disk.content()
+        for kind in 2, 3, 5, 6, 7, 9, 10, 12, 14, 15, 16, 26, 0x80000000, 0xFFFFFFFF:
+            self.assertEqual(disk.request(kind, 0, bytes(SECTOR)), (UNSUPP, b""), kind)
+            self.assertEqual(disk.request(kind, 0, into=SECTOR)[0], UNSUPP, kind)
+        self.assertEqual(disk.content(), before)
+        self.assertEqual(disk.read(0, SECTOR), before[:SECTOR])
+
+
+class Shapes(DeviceTest):
+    """Framing is the driver's choice (virtio 1.3 §2.7.4)."""
+
+    READ_CUTS = ((), (1,), (15,), (17,), (8, 8), (4, 4, 4, 4), (16,), (16, 1), (10, 10, 10), (1,) * 16, (16 + 511,), (3, 600, 1))
+    WRITE_CUTS = ((), (1,), (511,), (512,), (513,), (1023,), (1024,), (1, 1, 1), (7, 400, 3, 600), (333,) * 3)
+
+    def shapes(self, disk: Disk) -> None:
+        model = bytearray(disk.content())
+        for number, cuts in enumerate(self.READ_CUTS):
+            with self.subTest(readable=cuts):
+                data = content_of(2, 100 + number)
+                self.assertEqual(disk.request(OUT, number, data, read_cut=cuts), (OK, b""))
+                model[number * SECTOR : (number + 2) * SECTOR] = data
+                self.assertEqual(disk.content(), model)
+        for cuts in self.WRITE_CUTS:
+            for header in (16,), (5, 6), (), (4,):
+                with self.subTest(writable=cuts, header=header):
+                    expected = bytes(model[SECTOR : 3 * SECTOR])
+                    self.assertEqual(disk.request(IN, 1, into=1024, read_cut=header, write_cut=cuts), (OK, expected))
+
+    @on_every_disk()
+    def test_indirect(self, disk: Disk) -> None:
+        self.shapes(disk)
+
+    @on_every_disk(setup={"indirect": False})
+    def test_direct(self, disk: Disk) -> None:
+        self.shapes(disk)
+
+    @on_every_disk(setup={"indirect": False, "size": 1024})
+    def test_as_many_pieces_as_the_ring_has(self, disk: Disk) -> None:
+        before = disk.content()
+        # Status in the last of 1023 writable pieces, together with data
+        self.assertEqual(disk.request(IN, 0, into=8192, write_cut=(8,) * 1022), (OK, before[:8192]))
+        data = content_of(16, 5)
+        self.assertEqual(disk.request(OUT, 8, data, read_cut=(16, *(8,) * 1021)), (OK, b""))
+        self.assertEqual(disk.content(), before[: 8 * SECTOR] + data + before[24 * SECTOR :])
+
+    @on_every_disk(setup={"indirect": False})
+    def test_same_buffers_again(self, disk: Disk) -> None:
+        """What is kept about a chain's parts says nothing of the request: one pair of buffers, other requests."""
+        before = disk.content()
+        for kind, sector, status in (IN, 0, OK), (IN, 5, OK), (99, 5, UNSUPP), (IN, 64, IOERR), (IN, 63, OK), (GET_ID, 0, OK), (OUT, 0, IOERR):
+            got, data = disk.request(kind, sector, into=SECTOR)
+            self.assertEqual(got, status, kind)
+            if kind == IN and status == OK:
+                self.assertEqual(data, before[sector * SECTOR : (sector + 1) * SECTOR])
+        self.assertEqual(disk.content(), before)
+
+    def test_random(self) -> None:
+        """Random requests in random shapes against a model of the disk."""
+        seed = int(os.environ.get("VHOST_USER_SEED") or random.SystemRandom().randrange(1 << 32))
+        for kind in KINDS:
+            for packed in False, True:
+                for indirect in False, True:
+                    with self.subTest(seed=seed, image=kind, packed=packed, indirect=indirect):
+                        setup = {"indirect": indirect}
+                        with self.disk(kind, content_of(64), packed, setup=setup) as disk:
+                            self.random_requests(disk, random.Random(seed))
+
+    def random_requests(self, disk: Disk, rng: random.Random) -> None:
+        model = bytearray(disk.content())
+        end = len(model) // SECTOR
+
+        def pieces(total: int) -> list[int]:
+            return [rng.choice((1, 2, 15, 16, 17, 100, 511, 512, 513, rng.randint(1, 2000))) for _ in range(rng.randint(0, 12))] if total else []
+
+        for _ in range(80):
+            kind = rng.choice((IN, IN, OUT, OUT, T_FLUSH, T_DISCARD, T_WRITE_ZEROES, 33))
+            sector, count = rng.randrange(end + 2), rng.choice((0, 1, 1, 2, 7, 16))
+            inside = sector + count <= end
+            span = slice(sector * SECTOR, (sector + count) * SECTOR)
+            odd = 1 if rng.random() < 0.1 else 0
+            out, into, expected = b"", 0, OK if inside and not odd else IOERR
+            if kind == IN:
+                into = count * SECTOR + odd
+            elif kind == OUT:
+                out = rng.randbytes(count * SECTOR + odd)
+            elif kind in (T_DISCARD, T_WRITE_ZEROES):
+                out = segment(sector, count) + bytes(odd)
+            else:
+                expected = OK if kind == T_FLUSH else UNSUPP
+            status, data = disk.request(kind, sector, out, into, pieces(16 + len(out)), pieces(into + 1))
+            about = f"request {kind} at {sector}, {count} sectors, odd {odd}"
+            self.assertEqual(status, expected, about)
+            if status == OK and kind == IN:
+                self.assertEqual(data, model[span], about)
+            elif status == OK and kind == OUT:
+                model[span] = out
+            elif status == OK and kind in (T_DISCARD, T_WRITE_ZEROES):
+                model[span] = bytes(count * SECTOR)
+        self.assertEqual(disk.content(), model)
+
+
+class BadRequests(DeviceTest):
+    """A driver's mistakes: a status, the data untouched, and the ring lives."""
+
+    @on_every_disk()
+    def test_bad(self, disk: Disk) -> None:
+        before = disk.content()
+        full, most = bytes(SECTOR), 2**64 - 1
+        wrap = 2**64 // SECTOR  # whose offset in bytes is 0 again in 64 bits
+        cases: list[tuple[str, int, int, bytes, int, int]] = [
+            ("IN at the end", IN, 64, b"", SECTOR, IOERR),
+            ("IN over the end", IN, 63, b"", 2 * SECTOR, IOERR),
+            ("IN beyond", IN, 1000, b"", SECTOR, IOERR),
+            ("IN at 2**64 - 1", IN, most, b"", SECTOR, IOERR),
+            ("IN that wraps as bytes", IN, wrap, b"", SECTOR, IOERR),
+            ("IN that wraps as sectors", IN, most, b"", 2 * SECTOR, IOERR),
+            ("IN of no whole sectors", IN, 0, b"", SECTOR - 1, IOERR),
+            ("IN of a few bytes", IN, 0, b"", 20, IOERR),
+            ("IN with readable data", IN, 0, full, SECTOR, IOERR),
+            ("IN with readable data only", IN, 0, full, 0, IOERR),
+            ("OUT at the end", OUT, 64, full, 0, IOERR),
+            ("OUT over the end", OUT, 63, 2 * full, 0, IOERR),
+            ("OUT beyond", OUT, 1000, full, 0, IOERR),
+            ("OUT at 2**64 - 1", OUT, most, full, 0, IOERR),
+            ("OUT that wraps as bytes", OUT, wrap, full, 0, IOERR),
+            ("OUT of no whole sectors", OUT, 0, full[1:], 0, IOERR),
+            ("OUT of one byte", OUT, 0, b"x", 0, IOERR),
+            ("OUT with writable data", OUT, 0, full, SECTOR, IOERR),
+            ("OUT with writable data only", OUT, 0, b"", SECTOR, IOERR),
+        ]
+        for kind in T_DISCARD, T_WRITE_ZEROES:
+            good = segment(0, 1)
+            cases += [
+                (f"{kind} without segments", kind, 0, b"", 0, IOERR),
+                (f"{kind} with part of a segment", kind, 0, good[:-1], 0, IOERR),
+                (f"{kind} with a segment and a part", kind, 0, good + good[:8], 0, IOERR),
+                (f"{kind} with too many segments", kind, 0, good * (blk.MAX_SEGMENTS + 1), 0, IOERR),
+                (f"{kind} at the end", kind, 0, segment(64, 1), 0, IOERR),
+                (f"{kind} over the end", kind, 0, segment(63, 2), 0, IOERR),
+                (f"{kind} of too many sectors", kind, 0, segment(0, blk.MAX_SEGMENT_SECTORS + 1), 0, IOERR),
+                (f"{kind} of 2**32 - 1 sectors", kind, 0, segment(0, 2**32 - 1), 0, IOERR),
+                (f"{kind} at 2**64 - 1", kind, 0, segment(most, 1), 0, IOERR),
+                (f"{kind} that wraps", kind, 0, segment(wrap, 1), 0, IOERR),
+                (f"{kind} with a bad segment after a good one", kind, 0, good + segment(64, 1), 0, IOERR),
+                (f"{kind} with flag 2", kind, 0, segment(0, 1, 2), 0, UNSUPP),
+                (f"{kind} with flag 31", kind, 0, segment(0, 1, 1 << 31), 0, UNSUPP),
+                (f"{kind} with a flag in the second segment", kind, 0, good + segment(0, 1, 2), 0, UNSUPP),
+            ]
+        cases.append(("DISCARD with unmap", T_DISCARD, 0, segment(0, 1, 1), 0, UNSUPP))
+        for what, kind, sector, out, into, expected in cases:
+            with self.subTest(what):
+                status, data = disk.request(kind, sector, out, into)
+                self.assertEqual(status, expected)
+                self.assertEqual(data, bytes([GUARD]) * into, "data was given with an error")
+                self.assertEqual(disk.content(), before)
+        self.assertEqual(disk.read(0, SECTOR), before[:SECTOR])
+
+    def test_segments_at_their_limits(self) -> None:
+        """The most segments, and the longest one."""
+        path = self.path("file", b"")
+        os.truncate(path, blk.MAX_SEGMENT_SECTORS * SECTOR + MIB)
+        image = FileImage(path)
+        self.addCleanup(image.close)
+        with Disk(image, self.folder, path) as disk:
+            self.assertEqual(disk.request(T_DISCARD, 0, segment(0, blk.MAX_SEGMENT_SECTORS)), (OK, b""))
+            self.assertEqual(disk.request(T_DISCARD, 0, segment(0, blk.MAX_SEGMENT_SECTORS + 1)), (IOERR, b""))
+            self.assertEqual(disk.request(T_WRITE_ZEROES, 0, segment(1, 1) * blk.MAX_SEGMENTS), (OK, b""))
+
+    @on_every_disk()
+    def test_no_request(self, disk: Disk) -> None:
+        before = disk.content()
+        header = struct.pack("<IIQ", OUT, 0, 0)
+        for length in 1, 8, 15:
+            self.assertEqual(disk.exchange([header[:length]], [1]), (1, bytes([IOERR])))
+        self.assertEqual(disk.exchange([b"1", b"2"], [4, 2]), (6, bytes([GUARD] * 5 + [IOERR])))
+        self.assertEqual(disk.exchange([], [SECTOR + 1]), (SECTOR + 1, bytes([GUARD] * SECTOR + [IOERR])), "no header")
+        self.assertEqual(disk.exchange([header, bytes(SECTOR)], []), (0, b""), "no status byte")
+        self.assertEqual(disk.exchange([b"x"], []), (0, b""))
+        self.assertEqual(disk.content(), before)
+        self.assertEqual(disk.read(0, SECTOR), before[:SECTOR])
+
+    def test_read_only(self) -> None:
+        for kind in [kind for kind in KINDS if kind != "ram"]:
+            for packed in False, True:
+                with self.subTest(image=kind, packed=packed), self.disk(kind, content_of(64), packed, read_only=True) as disk:
+                    before = disk.content()
+                    self.assertTrue(disk.frontend.features & RO)
+                    self.assertFalse(disk.frontend.features & (DISCARD | WRITE_ZEROES))
+                    self.assertEqual(disk.request(OUT, 0, bytes(SECTOR)), (IOERR, b""))
+                    self.assertEqual(disk.request(OUT, 0), (IOERR, b""))
+                    self.assertEqual(disk.request(T_DISCARD, 0, segment(0, 1)), (IOERR, b""))
+                    self.assertEqual(disk.request(T_WRITE_ZEROES, 0, segment(0, 1)), (IOERR, b""))
+                    self.assertEqual(disk.request(T_FLUSH), (OK, b""))
+                    self.assertEqual(disk.read(1, SECTOR), before[SECTOR : 2 * SECTOR])
+                    self.assertEqual(disk.content(), before)
+                    assert isinstance(disk.image, FileImage)
+                    with self.assertRaises(OSError):
+                        os.pwrite(disk.image.fd, b"x", 0)
+
+    def test_writable_is_not_read_only(self) -> None:
+        with self.disk("file", content_of(8)) as disk:
+            self.assertFalse(disk.frontend.features & RO)
+            self.assertTrue(disk.frontend.features & WRITE_ZEROES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Config space and durability
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class ConfigSpace(DeviceTest):
+    """struct virtio_blk_config (virtio 1.3 §5.2.4)."""
+
+    WRITEBACK = 32
+
+    def test_fields(self) -> None:
+        for block_size, exponent, minimum in (512, 3, 8), (1024, 2, 4), (4096, 0, 1), (8192, 0, 1):
+            with self.subTest(block_size=block_size), self.disk("ram", content_of(64), num_queues=3, block_size=block_size) as disk:
+                space = disk.frontend.get_config(0, 60)
+                expected = {
+                    ("capacity", 0, "<Q"): 64,
+                    ("size_max", 8, "<I"): 4 * MIB,
+                    ("seg_max", 12, "<I"): 126,
+                    ("geometry", 16, "<I"): 0,
+                    ("blk_size", 20, "<I"): block_size,
+                    ("physical_block_exp", 24, "<B"): exponent,
+                    ("alignment_offset", 25, "<B"): 0,
+                    ("min_io_size", 26, "<H"): minimum,
+                    ("opt_io_size", 28, "<I"): 0,
+                    ("writeback", 32, "<B"): 1,
+                    ("unused0", 33, "<B"): 0,
+                    ("num_queues", 34, "<H"): 3,
+                    ("max_discard_sectors", 36, "<I"): 131072,
+                    ("max_discard_seg", 40, "<I"): 32,
+                    ("discard_sector_alignment", 44, "<I"): block_size // 512,
+                    ("max_write_zeroes_sectors", 48, "<I"): 131072,
+                    ("max_write_zeroes_seg", 52, "<I"): 32,
+                    ("write_zeroes_may_unmap", 56, "<B"): 1,
+                }
+                found = {field: struct.unpack_from(field[2], space, field[1])[0] for field in expected}
+                self.assertEqual(found, expected)
+                self.assertEqual(space[57:], bytes(3))
+                self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 4), space[32:36])
+                self.assertEqual(disk.frontend.get_config(56, 8), b"\1" + bytes(7))
+                self.assertEqual(disk.frontend.get_config(200, 56), bytes(56), "beyond the end")
+                self.assertEqual(disk.frontend.queue_num(), 3)
+                self.assertTrue(disk.frontend.features & MQ)
+
+    def test_odd_sizes(self) -> None:
+        """The last bytes that make no sector are not there for the driver."""
+        for kind in KINDS:
+            for size in 511, 513, 1535, 5000:
+                with self.subTest(image=kind, size=size), self.disk(kind, bytes([7]) * size) as disk:
+                    sectors = size // SECTOR
+                    self.assertEqual(disk.frontend.get_config(0, 8), struct.pack("<Q", sectors))
+                    self.assertEqual(disk.read(0, sectors * SECTOR), bytes([7]) * sectors * SECTOR)
+                    self.assertEqual(disk.request(IN, sectors, into=SECTOR)[0], IOERR)
+                    self.assertEqual(disk.request(OUT, sectors, bytes(SECTOR))[0], IOERR)
+                    self.assertEqual(disk.content(), bytes([7]) * size)
+
+    def test_only_writeback_can_be_written(self) -> None:
+        with self.disk("file", content_of(8)) as disk:
+            before = disk.frontend.get_config(0, 60)
+            for offset, data in (0, bytes(8)), (31, b"\0"), (33, b"\0"), (34, b"\1"), (32, b"\0\0"), (31, b"\0\0"), (32, b"\2"), (32, b"\xff"):
+                with self.subTest(offset=offset, data=data), self.assertRaises(Refused):
+                    disk.frontend.set_config(offset, data)
+                self.assertEqual(disk.frontend.get_config(0, 60), before)
+            for value in 0, 1, 0:
+                disk.frontend.set_config(self.WRITEBACK, bytes([value]))
+                self.assertEqual(disk.frontend.get_config(0, 60), before[:32] + bytes([value]) + before[33:])
+            disk.frontend.request("RESET_DEVICE")
+            self.assertEqual(disk.frontend.get_config(0, 60), before, "a new device is write-back")
+
+    def writes(self, disk: Disk) -> list[int]:
+        """How often a write, a discard and a write of zeroes are made durable."""
+        counts = []
+        for kind, data in (OUT, content_of(1)), (T_DISCARD, segment(0, 1)), (T_WRITE_ZEROES, segment(0, 1)), (T_WRITE_ZEROES, segment(0, 1, 1)):
+            with mock.patch("os.fdatasync", wraps=os.fdatasync) as synced:
+                self.assertEqual(disk.request(kind, 0, data), (OK, b""))
+                counts.append(synced.call_count)
+        with mock.patch("os.fdatasync", wraps=os.fdatasync) as synced:
+            disk.read(0, SECTOR)
+            disk.request(OUT, 8, bytes(SECTOR))
+            self.assertEqual(synced.call_count, 0, "nothing was written")
+        return counts
+
+    def test_write_through_without_flush(self) -> None:
+        with self.disk("file", content_of(8), setup={"features": EVERYTHING & ~FLUSH}) as disk:
+            self.assertEqual(self.writes(disk), [1, 1, 1, 1])
+            self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 1), b"\0")
+
+    def test_write_through_when_asked(self) -> None:
+        with self.disk("file", content_of(8)) as disk:
+            self.assertEqual(self.writes(disk), [0, 0, 0, 0])
+            with mock.patch("os.fdatasync", wraps=os.fdatasync) as synced:
+                disk.frontend.set_config(self.WRITEBACK, b"\0")
+                self.assertEqual(synced.call_count, 1, "what was written before is durable as well")
+            self.assertEqual(self.writes(disk), [1, 1, 1, 1])
+            disk.frontend.set_config(self.WRITEBACK, b"\1")
+            self.assertEqual(self.writes(disk), [0, 0, 0, 0])
+
+    def test_write_through_stays(self) -> None:
+        """Features are set again while rings run, as when a migration begins; the driver's choice of the cache mode outlives that."""
+        with self.disk("file", content_of(8)) as disk:
+            disk.frontend.set_config(self.WRITEBACK, b"\0")
+            disk.frontend.negotiate(disk.frontend.features, int(disk.frontend.protocol_features) & ~(1 << 5))
+            self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 1), b"\0")
+            self.assertEqual(self.writes(disk), [1, 1, 1, 1])
+
+    def test_next_front_end(self) -> None:
+        """What a front-end has set is gone with it."""
+        with self.disk("file", content_of(8)) as disk:
+            disk.frontend.set_config(self.WRITEBACK, b"\0")
+            path = disk.frontend.connection.socket.getpeername()
+            disk.frontend.close()
+            disk.frontend = Frontend.connect(path)
+            disk.queues = list(disk.frontend.setup(features=EVERYTHING, memory=8 * MIB))
+            self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 1), b"\1")
+            self.assertEqual(self.writes(disk), [0, 0, 0, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Several at once
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class InFlight(DeviceTest):
+    """Many requests on several queues."""
+
+    def test_two_queues(self) -> None:
+        for kind in KINDS:
+            for threads in 1, 2:
+                for packed in False, True:
+                    setup = {"queues": 2, "size": 64}
+                    with self.subTest(image=kind, threads=threads, packed=packed):
+                        before = content_of(256)
+                        with self.disk(kind, before, packed, setup=setup, num_queues=2, threads=threads) as disk:
+                            self.assertEqual(len(disk.daemon.get_epoll_handlers()), threads)
+                            self.both(disk)
+
+    def both(self, disk: Disk) -> None:
+        """60 requests on each queue: writes, then reads of what the other queue wrote."""
+        model = b"".join(content_of(2, 1000 + number) for number in range(120)) + content_of(256)[240 * SECTOR :]
+        area = disk.frontend.arena[0]
+        for kind in OUT, IN:
+            for queue in 0, 1:
+                for number in range(60):
+                    slot = queue * 60 + number if kind == OUT else (1 - queue) * 60 + number
+                    header = struct.pack("<IIQ", kind, 0, 2 * slot)
+                    data = model[2 * slot * SECTOR : 2 * (slot + 1) * SECTOR]
+                    if kind == OUT:
+                        disk.chain([header, data], [1], queue, area + 4096 * slot)
+                    else:
+                        disk.chain([header], [2 * SECTOR, 1], queue, area + 4096 * slot)
+            for queue in 0, 1:
+                disk.queues[queue].publish()
+            for queue in 0, 1:
+                for parts, _ in disk.collect(60, queue):
+                    found = parts.result()
+                    self.assertEqual(found[-1], OK)
+                    if kind == IN:
+                        slot = (parts.start - area) // 4096
+                        self.assertEqual(found[:-1], model[2 * slot * SECTOR : 2 * (slot + 1) * SECTOR])
+        self.assertEqual(disk.content(), model)
+
+    def test_threads_share_the_queues(self) -> None:
+        image = RamImage(SECTOR)
+        self.addCleanup(image.close)
+        for queues, threads, masks in (1, 1, [1]), (4, 2, [0b0101, 0b1010]), (2, 9, [1, 2]), (3, 2, [0b101, 0b010]):
+            self.assertEqual(list(Blk(image, num_queues=queues, threads=threads).queues_per_thread()), masks)
+        for options in ({"num_queues": 0}, {"num_queues": 257}, {"threads": 0}, {"block_size": 256}, {"block_size": 1000}, {"block_size": 0}):
+            with self.subTest(**options), self.assertRaises(ValueError):
+                Blk(image, **options)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Storage that changes or fails
+# ---------------------------------------------------------------------------------------------------------------------------
+
+FILES = [kind for kind in KINDS if kind != "ram"]
+
+
+class Resize(DeviceTest):
+    """The image becomes longer, or shorter."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        survive_truncation()
+
+    def told(self, disk: Disk) -> int:
+        """The capacity, after the driver was told that config space has changed."""
+        self.assertEqual(disk.frontend.next_backend_request().name, "CONFIG_CHANGE_MSG")
+        return int(struct.unpack("<Q", disk.frontend.get_config(0, 8))[0])
+
+    def untold(self, disk: Disk) -> None:
+        with self.assertRaises(TimeoutError):
+            disk.frontend.next_backend_request(0.02)
+
+    @on_every_disk(kinds=FILES)
+    def test_grow(self, disk: Disk) -> None:
+        data = content_of(4, 9)
+        disk.daemon.reload()
+        self.untold(disk)  # the size is what it was
+        os.truncate(disk.path, 128 * SECTOR + 5)
+        self.assertEqual(disk.request(IN, 64, into=SECTOR)[0], IOERR)
+        disk.daemon.reload()
+        self.assertEqual(self.told(disk), 128)
+        self.assertEqual(disk.read(60, 8 * SECTOR), content_of(64)[60 * SECTOR :] + bytes(4 * SECTOR))
+        self.assertEqual(disk.request(OUT, 124, data), (OK, b""))
+        self.assertEqual(disk.read(124, 4 * SECTOR), data)
+        self.assertEqual(disk.request(IN, 128, into=SECTOR)[0], IOERR)
+        disk.daemon.reload()
+        self.untold(disk)
+
+    @on_every_disk(kinds=FILES)
+    def test_shrink(self, disk: Disk) -> None:
+        os.truncate(disk.path, 16 * SECTOR)
+        disk.daemon.reload()
+        self.assertEqual(self.told(disk), 16)
+        self.assertEqual(disk.read(0, 16 * SECTOR), content_of(16))
+        for sector in 15, 16, 60:
+            self.assertEqual(disk.request(IN, sector, into=2 * SECTOR)[0], IOERR)
+            self.assertEqual(disk.request(OUT, sector, bytes(2 * SECTOR))[0], IOERR)
+        self.assertEqual(disk.content(), content_of(16))
+        os.truncate(disk.path, 0)
+        disk.daemon.reload()
+        self.assertEqual(self.told(disk), 0)
+        self.assertEqual(disk.request(IN, 0, into=SECTOR)[0], IOERR)
+        self.assertEqual(disk.request(OUT, 0, bytes(SECTOR))[0], IOERR)
+        self.assertEqual(disk.content(), b"")
+
+    @on_every_disk(kinds=FILES)
+    def test_cut_short_unseen(self, disk: Disk) -> None:
+        """The file is shorter than anybody has told: what is not there is an error, and what comes back later is what is in the file."""
+        page = 4096 // SECTOR
+        os.truncate(disk.path, 4096)
+        self.assertEqual(disk.request(IN, page, into=SECTOR)[0], IOERR)
+        self.assertEqual(disk.request(IN, page - 1, into=2 * SECTOR)[0], IOERR)
+        self.assertEqual(disk.request(IN, 3 * page, into=8192)[0], IOERR)
+        self.assertEqual(disk.read(0, 4096), content_of(page))
+        later = content_of(64, 77)
+        Path(disk.path).write_bytes(later)
+        self.assertEqual(disk.read(page, 2 * 4096), later[4096 : 3 * 4096])
+        disk.daemon.reload()
+        self.untold(disk)
+        self.assertEqual(disk.read(0, 64 * SECTOR), later)
+
+    def test_watch(self) -> None:
+        """The driver is told without anybody's asking; the watch ends when the file has gone."""
+        with self.disk("file", content_of(8)) as disk:
+            assert isinstance(disk.image, FileImage)
+            SizeWatch(disk.path, disk.daemon.reload)
+            os.truncate(disk.path, 32 * SECTOR)
+            self.assertEqual(self.told(disk), 32)
+            self.assertEqual(disk.read(8, 24 * SECTOR), bytes(24 * SECTOR))
+            os.unlink(disk.path)
+        deadline = time.monotonic() + PATIENCE
+        while any(thread.name == "size-watch" for thread in threading.enumerate()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertIn("no longer watched", self.log.lines[-1])
+
+    def test_watch_of_nothing(self) -> None:
+        with self.assertRaises(OSError):
+            SizeWatch(os.path.join(self.folder, "missing"), lambda: None)
+
+
+class Failing(FileImage):
+    """Storage that fails while `broken`."""
+
+    broken = False
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, mapped=False)
+        self._read_all, self._write_all = self.read, self.write
+        self.read = self._failing_read
+        self.write = self._failing_write
+
+    def _check(self) -> None:
+        if self.broken:
+            raise OSError(errno.EIO, "this disk is broken")
+
+    def _failing_read(self, views: Sequence[memoryview], offset: int) -> int:
+        self._check()
+        return self._read_all(views, offset)
+
+    def _failing_write(self, views: Sequence[memoryview], offset: int) -> int:
+        self._check()
+        return self._write_all(views, offset)
+
+    def flush(self) -> None:
+        self._check()
+        super().flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        self._check()
+        super().discard(offset, length)
+
+    def zero(self, offset: int, length: int) -> None:
+        self._check()
+        super().zero(offset, length)
+
+
+class Slow(FileImage):
+    """Storage that transfers a few bytes at a time."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, mapped=False)
+        self.calls = 0
+        self.read = lambda views, offset: os.preadv(self.fd, self._some(views), offset)
+        self.write = lambda views, offset: os.pwritev(self.fd, self._some(views), offset)
+
+    def _some(self, views: Sequence[memoryview]) -> list[memoryview]:
+        self.calls += 1
+        left, some = 700 + self.calls % 3, []
+        for view in views:
+            some.append(view[:left])
+            left -= len(some[-1])
+        return some
+
+
+class Storage(DeviceTest):
+    """What is under the disk misbehaves."""
+
+    def test_errors(self) -> None:
+        for packed in False, True:
+            with self.subTest(packed=packed), self.disk("file", content_of(16), packed, Failing) as disk:
+                assert isinstance(disk.image, Failing)
+                requests: list[tuple[int, bytes, int]] = [
+                    (IN, b"", SECTOR),
+                    (OUT, content_of(1, 3), 0),
+                    (T_FLUSH, b"", 0),
+                    (T_DISCARD, segment(0, 1), 0),
+                    (T_WRITE_ZEROES, segment(0, 1), 0),
+                    (T_WRITE_ZEROES, segment(0, 1, 1), 0),
+                ]
+                before = disk.content()
+                disk.image.broken = True
+                for kind, out, into in requests:
+                    self.assertEqual(disk.request(kind, 0, out, into)[0], IOERR, kind)
+                    self.assertIn("this disk is broken", self.log.lines[-1])
+                self.assertEqual(disk.request(GET_ID, into=20)[0], OK)
+                self.assertEqual(disk.content(), before)
+                disk.image.broken = False
+                for kind, out, into in requests:
+                    self.assertEqual(disk.request(kind, 0, out, into)[0], OK, kind)
+
+    def test_short_transfers(self) -> None:
+        for packed in False, True:
+            with self.subTest(packed=packed), self.disk("file", content_of(64), packed, Slow) as disk:
+                assert isinstance(disk.image, Slow)
+                cuts: tuple[int, ...]
+                for cuts in (), (512,) * 8, (1, 2, 3, 5000, 7), (699, 1, 1, 1, 700):
+                    status, data = disk.request(IN, 3, into=40 * SECTOR, write_cut=cuts)
+                    self.assertEqual((status, data == content_of(64)[3 * SECTOR : 43 * SECTOR]), (OK, True))
+                self.assertGreater(disk.image.calls, 100)
+                model = bytearray(disk.content())
+                for number, cuts in enumerate(((16,), (), (16, 512, 512), (7, 1000, 1, 1, 1, 3000))):
+                    data = content_of(20, 30 + number)
+                    self.assertEqual(disk.request(OUT, number, data, read_cut=cuts), (OK, b""))
+                    model[number * SECTOR : (number + 20) * SECTOR] = data
+                    self.assertEqual(disk.content(), model)
+                os.truncate(disk.path, 10 * SECTOR)
+                self.assertEqual(disk.request(IN, 0, into=20 * SECTOR)[0], IOERR, "the file ends")
+
+    def test_images(self) -> None:
+        """What cannot be an image."""
+        with self.assertRaises(ValueError):
+            RamImage(0)
+        with self.assertRaises(ValueError):
+            RamImage(-1)
+        with self.assertRaises(FileNotFoundError):
+            FileImage(os.path.join(self.folder, "missing"))
+        with self.assertRaises(IsADirectoryError):
+            FileImage(self.folder)
+        with self.assertRaisesRegex(ValueError, "neither a file nor a block device"):
+            FileImage(self.folder, read_only=True)
+        with self.assertRaisesRegex(ValueError, "neither a file nor a block device"):
+            FileImage("/dev/null")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Program(DeviceTest):
+    """`python3 -m devices.blk`."""
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "devices.blk", *words],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+        def end() -> None:
+            child.kill()
+            child.communicate()
+
+        self.addCleanup(end)
+        return child
+
+    @contextlib.contextmanager
+    def serving(self, *words: str) -> Iterator[tuple[subprocess.Popen[str], Frontend, FrontendQueue]]:
+        """The program, a front-end and its queue."""
+        path = os.path.join(self.folder, f"program-{time.monotonic_ns()}")
+        child = self.start("--socket-path", path, *words)
+        with Frontend.connect(path) as frontend:
+            (queue,) = frontend.setup(features=EVERYTHING, memory=8 * MIB)
+            yield child, frontend, queue
+        child.send_signal(signal.SIGTERM)
+        output = child.communicate(timeout=PATIENCE)
+        self.assertEqual((child.returncode, *output), (0, "", ""))
+
+    def one(self, frontend: Frontend, queue: FrontendQueue, kind: int, sector: int, into: int) -> bytes:
+        parts = Parts(frontend, frontend.arena[0], [struct.pack("<IIQ", kind, 0, sector)], [into, 1])
+        queue.submit(parts.readable, parts.writable)
+        queue.wait(PATIENCE)
+        data = parts.result()
+        self.assertEqual(data[-1], OK)
+        return data[:-1]
+
+    def test_command_lines_that_make_no_sense(self) -> None:
+        image = self.path("file", bytes(4096))
+        fifo = os.path.join(self.folder, "fifo")
+        os.mkfifo(fifo)
+        where = ("--socket-path", os.path.join(self.folder, "never"))
+        cases: list[tuple[tuple[str, ...], int, str]] = [
+            (where, 1, "one of --blk-file and --ram is needed"),
+            ((*where, "--blk-file", image, "--ram", "1M"), 1, "one of --blk-file and --ram is needed"),
+            (("--blk-file", image), 2, "--socket-path and --fd"),
+            ((*where, "--blk-file", os.path.join(self.folder, "missing")), 1, "No such file or directory.*missing"),
+            ((*where, "--blk-file", self.folder), 1, "Is a directory"),
+            ((*where, "--blk-file", self.folder, "--read-only"), 1, "neither a file nor a block device"),
+            ((*where, "--blk-file", fifo), 1, "neither a file nor a block device"),
+            ((*where, "--blk-file", ""), 1, "No such file"),
+            ((*where, "--ram", "0"), 1, "a disk of 0 bytes"),
+            ((*where, "--ram", "many"), 2, "--ram.*many"),
+            ((*where, "--ram", "99999999T"), 1, "memory|too large|disk of"),
+            ((*where, "--ram", "1M", "--num-queues", "0"), 1, "0 queues"),
+            ((*where, "--ram", "1M", "--num-queues", "257"), 1, "257 queues"),
+            ((*where, "--ram", "1M", "--threads", "-1"), 1, "-1 threads"),
+            ((*where, "--ram", "1M", "--block-size", "1000"), 1, "block size of 1000"),
+            ((*where, "--blk-file", image, "--aio", "uring"), 2, "--aio"),
+            ((os.path.join(self.folder, "x"), "--ram", "1M"), 2, "usage"),
+        ]
+        for words, status, pattern in cases:
+            with self.subTest(words=words):
+                ended, logged = outcome(words)
+                self.assertEqual(ended, status, logged)
+                self.assertRegex(logged, f"(?s){pattern}")
+                self.assertNotIn("Traceback", logged)
+                self.assertFalse(os.path.exists(where[1]))
+        child = self.start(*where)  # one of them as the program
+        output = child.communicate(timeout=PATIENCE)
+        self.assertEqual((child.returncode, output[0]), (1, ""))
+        self.assertRegex(output[1], r"one of --blk-file and --ram is needed\n$")
+
+    def test_capabilities(self) -> None:
+        child = self.start("--print-capabilities")
+        output, errors = child.communicate(timeout=PATIENCE)
+        self.assertEqual((child.returncode, errors), (0, ""))
+        self.assertEqual(json.loads(output), {"type": "block", "features": ["read-only", "blk-file"]})
+
+    def test_aio_serial_and_sighup(self) -> None:
+        """How the file is read; its serial number; a growth that SIGHUP tells of. The file has no name any more, so that no watch tells of it."""
+        for kind in FILES:
+            for aio in "sync", "mmap", "auto":
+                path = self.path(kind, content_of(64))
+                with self.subTest(image=kind, aio=aio), self.serving("--blk-file", path, "--aio", aio, "--serial", "S1") as (child, frontend, queue):
+                    mapped = aio == "mmap" or (aio == "auto" and kind == "mapped")
+                    self.assertEqual(path in Path(f"/proc/{child.pid}/maps").read_text(), mapped)
+                    self.assertEqual(self.one(frontend, queue, IN, 3, SECTOR), content_of(64)[3 * SECTOR : 4 * SECTOR])
+                    self.assertEqual(self.one(frontend, queue, GET_ID, 0, 20), b"S1".ljust(20, b"\0"))
+                    with open(path, "r+b") as file:
+                        os.unlink(path)
+                        file.truncate(96 * SECTOR)
+                    child.send_signal(signal.SIGHUP)
+                    self.assertEqual(frontend.next_backend_request().name, "CONFIG_CHANGE_MSG")
+                    self.assertEqual(frontend.get_config(0, 8), struct.pack("<Q", 96))
+                    self.assertEqual(self.one(frontend, queue, IN, 95, SECTOR), bytes(SECTOR))
+
+    def test_parse_size(self) -> None:
+        for text, size in ("512", 512), ("1K", 1024), ("1k", 1024), ("512M", 512 * MIB), ("2G", 2 << 30), ("3T", 3 << 40), ("0", 0):
+            self.assertEqual(parse_size(text), size)
+        for text in "", "K", "1KM", "1KK", "-1", "1.5G", "1 G", "1GB", "0x10", "M1", "²", "1_000":
+            with self.subTest(text), self.assertRaises(ValueError):
+                parse_size(text)
+
+
+def outcome(words: Sequence[str]) -> tuple[int, str]:
+    """The exit status of a command line that fails, and what is written to stderr; in this process, since it fails before anything is changed."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), mock.patch.object(sys, "argv", ["blk", *words]), mock.patch("logging.basicConfig"):
+        try:
+            status = blk.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, errors.getvalue()
+
+
+if __name__ == "__main__":
+    unittest.main()
