@@ -442,7 +442,7 @@ class Whole(Echo):
     """Has every hook that brings a protocol feature, and the drafts."""
 
     drafts = True
-    protocol_features = PF.HOST_NOTIFIER
+    protocol_features = PF.HOST_NOTIFIER | PF.INBAND_NOTIFICATIONS
 
     def __init__(self) -> None:
         super().__init__()
@@ -2516,6 +2516,7 @@ EXAMPLES: dict[str, bytes] = {
     "GET_SHARED_OBJECT": bytes(range(16)),
     "SET_DEVICE_STATE_FD": pair(0, 0),
     "CHECK_DEVICE_STATE": b"",
+    "VRING_KICK": pair(0, 0),
     "GET_SHMEM_CONFIG": b"",
     "GET_VRING_BASE_SKIP_DRAIN": pair(0, 0),
 }
@@ -2805,9 +2806,9 @@ class AcknowledgementTests(WireTest):
                         peer.lives()
 
     def test_no_acknowledgement_where_it_was_not_negotiated(self) -> None:
-        with self.served(Whole()) as served, served.peer(protocol_features=~PF.REPLY_ACK) as peer:
+        with self.served(Whole()) as served, served.peer(protocol_features=~(PF.REPLY_ACK | PF.INBAND_NOTIFICATIONS)) as peer:
             for name, row in REQUESTS.items():
-                if not row.reply and name not in ("SET_PROTOCOL_FEATURES", "REM_MEM_REG", "ADD_MEM_REG"):
+                if not row.reply and name not in ("SET_PROTOCOL_FEATURES", "REM_MEM_REG", "ADD_MEM_REG", "VRING_KICK"):
                     peer.msg(name, EXAMPLES[name], self.fds_for(name), expect=SILENT)
 
     def test_acknowledgements_begin_with_the_message_that_negotiates_them(self) -> None:
@@ -3031,7 +3032,7 @@ class EachRequestTests(WireTest):
         with self.served(plain) as served, served.peer() as peer:
             peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(PROTOCOL_FEATURES & ~PF.STATUS | PF.MTU)))
         with self.served(Whole()) as served, served.peer() as peer:
-            peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(hooked | PF.HOST_NOTIFIER | PF.GET_VRING_BASE_SKIP_DRAIN)))
+            peer.msg("GET_PROTOCOL_FEATURES", expect=u64(int(hooked | Whole.protocol_features | PF.GET_VRING_BASE_SKIP_DRAIN)))
         for bit in PF.MQ, PF.REPLY_ACK, PF.BACKEND_REQ, PF.RESET_DEVICE, PF.CONFIGURE_MEM_SLOTS, PF.STATUS:
             self.assertTrue(PROTOCOL_FEATURES & bit)
 
@@ -3182,6 +3183,25 @@ class EachRequestTests(WireTest):
             peer.msg("GET_STATUS", expect=u64(0))
             peer.msg("SET_STATUS", u64(11))
             peer.msg("GET_STATUS", expect=u64(11))
+
+    def test_vring_kick(self) -> None:
+        """It starts the ring, without any eventfd; its number is reserved."""
+        device = Whole()
+        with self.served(device) as served:
+            with served.peer() as peer:
+                peer.msg("VRING_KICK", pair(1, 0))
+                self.assertEqual((device.told("started"), served.daemon.vrings[1].started), ([(1,)], True))
+                peer.msg("VRING_KICK", pair(1, 0))
+                self.assertEqual(device.told("started"), [(1,)])
+            with self.rejected(served, "VRING_KICK of ring 1 with 1") as peer:
+                peer.send(35, pair(1, 1))
+
+    def test_in_band_notifications_need_acknowledgements_and_a_channel(self) -> None:
+        """The connection ends: there is no other way to say so."""
+        with self.served(Whole()) as served:
+            for beside in PF(0), PF.REPLY_ACK, PF.BACKEND_REQ:
+                with self.rejected(served, "INBAND_NOTIFICATIONS without", protocol_features=0) as peer:
+                    peer.send(16, u64(int(PF.INBAND_NOTIFICATIONS | beside)))
 
     def test_send_rarp(self) -> None:
         device = Whole()
@@ -4620,6 +4640,48 @@ class ChannelTests(DaemonTest):
             self.assertTrue(device.config_changed())
             self.assertEqual(frontend.next_backend_request(PATIENCE), BackendMessage(BACKEND_REQUESTS["CONFIG_CHANGE_MSG"], Empty(), []))
 
+    def test_vring_call(self) -> None:
+        """In place of an eventfd; not for a front-end that polls."""
+        with self.whole() as (_, _, frontend):
+            queue = frontend.queues[0]
+            frontend.stop_queue(queue)
+            queue = frontend.start_queue(0, self.fresh_driver(queue.driver, frontend))
+            frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
+            frontend.request("VRING_KICK", VringStatePayload(0, 0))
+            got = self.answering(frontend, 1)
+            queue.driver.add([], [(frontend.arena[0], 4)], "in band")
+            queue.driver.publish()
+            frontend.request("VRING_KICK", VringStatePayload(0, 0))
+            wait_until(lambda: got, "the call")
+            self.assertEqual((got[0].name, got[0].payload), ("VRING_CALL", VringStatePayload(0, 0)))
+            self.assertEqual([token for token, _ in queue.driver.used()], ["in band"])
+            frontend.request("SET_VRING_CALL", VringFd(VringFd.NO_FD))
+            queue.driver.enable_notification()
+            queue.driver.add([], [(frontend.arena[0], 4)], "polled")
+            queue.driver.publish()
+            frontend.request("VRING_KICK", VringStatePayload(0, 0))
+            wait_until(queue.driver.used, "the answer")
+            assert frontend.channel
+            self.assertFalse(is_readable(frontend.channel.socket, MOMENT))
+
+    def test_vring_err(self) -> None:
+        with self.whole() as (_, _, frontend):
+            queue = frontend.queues[0]
+            frontend.request("SET_VRING_ERR", VringFd(VringFd.NO_FD))
+            got = self.answering(frontend, 1)
+            frontend.memory.view(queue.driver.areas[1] + 2, 2)[:] = b"\xff\xff"  # an available index that cannot be
+            queue.kick()
+            wait_until(lambda: got, "the error")
+            self.assertEqual((got[0].name, got[0].payload), ("VRING_ERR", VringStatePayload(0, 0)))
+            self.expect_log("ring 0 is broken")
+
+    @staticmethod
+    def fresh_driver(driver: DriverQueue, frontend: Frontend) -> DriverQueue:
+        """The driver side of a ring that begins anew, in the same place."""
+        length, _ = type(driver).layout(driver.size)
+        frontend.memory.write(driver.areas[0], bytes(length))
+        return type(driver)(frontend.memory, driver.size, driver.areas, frontend.features)
+
     def test_vring_host_notifier(self) -> None:
         """With its descriptor, or without to undo it; for a device that says so."""
         with self.whole() as (_, channel, frontend):
@@ -4705,6 +4767,7 @@ class ChannelTests(DaemonTest):
                     channel.shmem_map(area[0], fd, *area[1:])
             frontend.maps.append(ShmemMap(0, 0, 3 * PAGE, PAGE, 0))  # which the front-end alone knows of
             self.assertFalse(channel.shmem_map(0, fd, 0, 3 * PAGE, PAGE, wait=True))
+            wait_until(lambda: len(got) == 4, "all four to be answered")
             self.assertEqual(got[0].payload, ShmemMap(0, PAGE, 2 * PAGE, PAGE, 1))
             self.assertEqual([len(message.fds) for message in got], [1] * 4)
             for message in got:

@@ -36,6 +36,7 @@ import argparse
 import ctypes
 import errno
 import fcntl
+import functools
 import gc
 import io
 import json
@@ -247,7 +248,7 @@ HOOKS = (
 DRAFTS = _PF.GET_VRING_BASE_SKIP_DRAIN
 """Protocol features of drafts: offered by a device that says `drafts`."""
 
-_WANTED = PROTOCOL_FEATURES | _PF.HOST_NOTIFIER | DRAFTS
+_WANTED = PROTOCOL_FEATURES | _PF.HOST_NOTIFIER | _PF.INBAND_NOTIFICATIONS | DRAFTS
 for _, _feature in HOOKS:
     _WANTED |= _feature
 
@@ -741,6 +742,7 @@ _ROWS = (
     Request(32, "SET_INFLIGHT_FD", Inflight, fds=(1, 1), gate=_PF.INFLIGHT_SHMFD),
     Request(33, "GPU_SET_SOCKET", fds=(1, 1)),
     Request(34, "RESET_DEVICE", gate=_PF.RESET_DEVICE),
+    Request(35, "VRING_KICK", VringStatePayload, gate=_PF.INBAND_NOTIFICATIONS),
     Request(36, "GET_MAX_MEM_SLOTS", reply=U64, gate=_PF.CONFIGURE_MEM_SLOTS),
     Request(37, "ADD_MEM_REG", MemReg, fds=(1, 1), gate=_PF.CONFIGURE_MEM_SLOTS),
     Request(38, "REM_MEM_REG", MemReg, fds=(0, 1), gate=_PF.CONFIGURE_MEM_SLOTS),
@@ -755,6 +757,8 @@ _ROWS = (
 _BACKEND_ROWS = (
     Request(2, "CONFIG_CHANGE_MSG", gate=_PF.CONFIG),
     Request(3, "VRING_HOST_NOTIFIER_MSG", VringArea, fds=(0, 1), gate=_PF.HOST_NOTIFIER),
+    Request(4, "VRING_CALL", VringStatePayload, gate=_PF.INBAND_NOTIFICATIONS),
+    Request(5, "VRING_ERR", VringStatePayload, gate=_PF.INBAND_NOTIFICATIONS),
     Request(6, "SHARED_OBJECT_ADD", Shared, gate=_PF.SHARED_OBJECT),
     Request(7, "SHARED_OBJECT_REMOVE", Shared, gate=_PF.SHARED_OBJECT),
     Request(8, "SHARED_OBJECT_LOOKUP", Shared, reply=U64, gate=_PF.SHARED_OBJECT, failed=U64(1)),
@@ -1047,6 +1051,10 @@ class BackendChannel:
         return told
 
     # For the session
+
+    def notify(self, name: str, index: int) -> None:
+        """A ring's call or err in a message (VRING_CALL, VRING_ERR). Waits until the front-end has taken it, but in the control thread."""
+        self._tell(name, VringStatePayload(index, 0), wait=threading.get_ident() != self._control)
 
     def suspend(self, suspended: bool) -> None:
         """All rings are stopped, or one is about to start."""
@@ -1638,6 +1646,7 @@ class _Session:
             self._stop_ring(index, gone=True)
             self._vrings[index].reset()
             self._vrings[index].set_err(None)
+            self._vrings[index].notify = None
         self._abort_transfer()
         if self._channel:
             self._channel.close()
@@ -1725,7 +1734,17 @@ class _Session:
         needed = _PF.GET_VRING_BASE_INFLIGHT | _PF.INFLIGHT_SHMFD
         if payload.value & _PF.GET_VRING_BASE_SKIP_DRAIN and needed & ~payload.value:
             raise ProtocolError("GET_VRING_BASE_SKIP_DRAIN without GET_VRING_BASE_INFLIGHT and INFLIGHT_SHMFD, where it would be recorded")
+        beside = _PF.BACKEND_REQ | _PF.REPLY_ACK
+        if payload.value & _PF.INBAND_NOTIFICATIONS and beside & ~payload.value:
+            raise ProtocolError("INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK")
         self._protocol_features = payload.value
+        inband = payload.value & _PF.INBAND_NOTIFICATIONS
+        for vring in self._vrings:
+            vring.notify = functools.partial(self._notify, vring.index) if inband else None
+
+    def _notify(self, index: int, name: str) -> None:
+        if self._channel:
+            self._channel.notify(name, index)
 
     def _get_queue_num(self, payload: Empty, message: Message) -> Payload:
         return U64(self._backend.num_queues)
@@ -1847,18 +1866,33 @@ class _Session:
         except OSError as error:
             vring.set_kick(None)
             raise Refused(f"ring {payload.index}: the kick file descriptor cannot be polled: {error}") from None
+        self._start_ring(vring)
+
+    def _vring_kick(self, payload: VringStatePayload, message: Message) -> None:
+        vring = self._ring(payload.index)
+        if payload.num:
+            raise ProtocolError(f"VRING_KICK of ring {payload.index} with {payload.num}, which must be 0")
+        if vring.started:
+            vring.wake()  # without its lock: the worker may hold it while it waits for the front-end, which waits for us
+        else:
+            self._start_ring(vring)
+
+    def _start_ring(self, vring: VringState) -> None:
         was_started = vring.started
         self._resume()
         try:
             vring.start()
         except GuestMemoryError as error:
-            log.debug("ring %d waits for its memory: %s", payload.index, error)
+            log.debug("ring %d waits for its memory: %s", vring.index, error)
         vring.wake()  # a kick may have come before its eventfd
         if not was_started:
-            self._call(self._backend.ring_started, payload.index, vring)
+            self._call(self._backend.ring_started, vring.index, vring)
 
     def _set_vring_call(self, payload: VringFd, message: Message) -> None:
-        self._ring(payload.index).set_call(self._optional_fd(payload, message))
+        vring = self._ring(payload.index)
+        vring.set_call(self._optional_fd(payload, message))
+        if not payload.has_fd:
+            vring.notify = None  # the front-end polls, in-band notifications or not
 
     def _set_vring_err(self, payload: VringFd, message: Message) -> None:
         self._ring(payload.index).set_err(self._optional_fd(payload, message))
@@ -2465,6 +2499,8 @@ class Frontend:
         self.features = offered & (features | 1 << VHOST_USER_F_PROTOCOL_FEATURES)
         if offered >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
             self.protocol_features = _PF(self._ask("GET_PROTOCOL_FEATURES") & _WANTED & protocol_features)
+            if (_PF.BACKEND_REQ | _PF.REPLY_ACK) & ~self.protocol_features:
+                self.protocol_features &= ~_PF.INBAND_NOTIFICATIONS  # not without these
             # Acknowledgements begin with the next message.
             row = REQUESTS["SET_PROTOCOL_FEATURES"]
             self.connection.send(row.number, 0, U64(int(self.protocol_features)).pack())

@@ -1385,6 +1385,7 @@ class VringState:
         self.active = False
         self.broken: str | None = None
         self.wake: Callable[[], None] = lambda: None  # makes the ring's worker look at it
+        self.notify: Callable[[str], object] | None = None  # in place of eventfds that are not there: sends VRING_CALL or VRING_ERR
         self._lock: NoLock | TurnLock = self._make_lock()
         self._memory = memory
         self._features = 0
@@ -1612,8 +1613,11 @@ class VringState:
             self._signal()
 
     def _signal(self) -> None:
+        if self._call is None:
+            if self.notify:
+                self.notify("VRING_CALL")
         # A full counter, or a full pipe, would block the write: it is signalled already.
-        if self._call is not None and self._call_room.poll(0):
+        elif self._call_room.poll(0):
             try:
                 os.write(self._call, _EVENTFD_ONE)
             except OSError as error:
@@ -1639,7 +1643,10 @@ class VringState:
                 self.broken = reason
                 self.active = False
                 log.error("ring %d is broken until it is started again: %s", self.index, reason)
-                if self._err is not None:
+                if self._err is None:
+                    if self.notify:
+                        self.notify("VRING_ERR")
+                else:
                     try:
                         os.write(self._err, _EVENTFD_ONE)
                     except OSError as error:

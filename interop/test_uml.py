@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from . import diskcheck
 from .diskcheck import MIB, RING_PACKED
-from .peers import Disk, needs_disk, serve_disk
+from .peers import Disk, needs_disk, serve_disk, start_backend
 from .support import InteropTest
 from .uml import UmlGuest
 
@@ -31,6 +33,26 @@ class UserModeLinux(InteropTest):
         diskcheck.same_content(guest, image)
         self.assertEqual(guest.power_off(), 0)
         self.assertTrue(backend.running())
+
+    def test_in_band(self) -> None:
+        """Kicks and calls as messages, which it uses whenever they are offered: no eventfd at all."""
+        program = (
+            "import sys; from vhost_user import VhostUserProtocolFeatures as P; from devices import blk; "
+            "blk.Blk.protocol_features = P.INBAND_NOTIFICATIONS; sys.exit(blk.main())"
+        )
+        image, socket = self.image("disk.img", SIZE), self.dir / "disk.sock"
+        argv = [sys.executable, "-c", program, "--socket-path", str(socket), "--blk-file", str(image), "--log-level", "debug"]
+        backend = start_backend(self, argv, socket)
+        guest = UmlGuest(self.dir, socket, BLOCK, "virtio_blk")
+        self.addCleanup(guest.kill)
+        guest.wait_ready()
+        guest.run("dd if=/dev/urandom of=/dev/vda bs=64k count=128 conv=fsync")
+        diskcheck.same_content(guest, image)
+        self.assertEqual(guest.power_off(), 0)
+        trace = backend.log.read_text()
+        for seen in "<- VRING_KICK ring 0", "-> VRING_CALL ring 0":
+            self.assertIn(seen, trace)
+        self.assertNotIn("SET_VRING_KICK", trace)
 
     def test_split(self) -> None:
         self.exercise(packed=False)

@@ -162,7 +162,7 @@ class Names(unittest.TestCase):
     def test_supported(self) -> None:
         self.assertEqual(row("Requests"), set(REQUESTS))
         self.assertEqual(row("Back-end's requests"), set(BACKEND_REQUESTS))
-        hooked = VhostUserProtocolFeatures.HOST_NOTIFIER
+        hooked = VhostUserProtocolFeatures.HOST_NOTIFIER | VhostUserProtocolFeatures.INBAND_NOTIFICATIONS  # which a device has to ask for
         for _, feature in HOOKS:
             hooked |= feature
         for name, mine in ("Protocol features", PROTOCOL_FEATURES), ("Protocol features of devices with their hooks", hooked), ("Drafts", DRAFTS):
