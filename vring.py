@@ -681,25 +681,25 @@ class Queue(ABC):
         start, size, ram = self._ram
         number = first
         for address, length, third, fourth in _DESCRIPTOR.iter_unpack(content):
-            flags = fourth if number is None else third
+            flags = third if number is not None else fourth
             if flags & DESC_F_INDIRECT:
                 if number is not None:
                     raise _Scrambled
                 raise _MalformedChain("an indirect descriptor inside a chain or inside an indirect table")
-            offset = address - start
-            if offset < 0 or offset + length > size or not length:
-                parts = self._elsewhere(address, length)
-                start, size, ram = self._ram
-            else:
-                parts = (ram[offset : offset + length],)
             if flags & DESC_F_WRITE:
-                writable += parts
+                parts = writable
                 writable_len += length
             elif writable:
                 raise _MalformedChain("a device-readable descriptor behind a device-writable one")
             else:
-                readable += parts
+                parts = readable
                 readable_len += length
+            offset = address - start
+            if 0 <= offset <= size - length and length:
+                parts.append(ram[offset : offset + length])
+            else:
+                parts += self._elsewhere(address, length)
+                start, size, ram = self._ram
             if number is not None:
                 if not flags & DESC_F_NEXT:
                     break
