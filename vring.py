@@ -453,7 +453,6 @@ class Queue(ABC):
     outstanding  descriptors-in-ring that the device has taken and not yet published as used (split: chains)
     completed    (token, length) of chains that are done and not yet published; any thread may append
     taken        chains taken so far
-    waiting      chains that were there at the last `take`, itself included; a guess where it could not see all
     malformed    chains that were refused so far
     """
 
@@ -466,7 +465,6 @@ class Queue(ABC):
         self.size = size
         self.outstanding = 0
         self.taken = 0
-        self.waiting = 0
         self.malformed = 0
         self.completed: list[tuple[int, int]] = []
         self.event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
@@ -801,7 +799,7 @@ class SplitQueue(Queue):
         if _SWAP:
             index = _swap16(index)
         position = self._next_avail
-        self.waiting = waiting = (index - position) & 0xFFFF
+        waiting = (index - position) & 0xFFFF
         if not waiting:
             return []
         size = self.size
@@ -810,7 +808,7 @@ class SplitQueue(Queue):
         if not STRONGLY_ORDERED:
             self._fence()
         start = position & (size - 1)
-        count = waiting if waiting < limit else limit
+        count = waiting if waiting < limit + limit // 2 else limit  # a small rest is not worth a batch of its own
         if start + count <= size:
             heads = avail[2 + start : 2 + start + count].tolist()
         else:
@@ -1065,7 +1063,7 @@ class PackedQueue(Queue):
         rejected = token = 0
         refusal: _MalformedChain | None
         content: bytes | None
-        while len(taken) + rejected < limit:
+        for _ in range(limit):
             value = flags[8 * position + 7]
             if (_swap16(value) if _SWAP else value) & PACKED_F_BOTH != wanted:
                 break
@@ -1116,8 +1114,6 @@ class PackedQueue(Queue):
         self._next_avail = position
         self._avail_wrap = int(wanted == PACKED_F_AVAIL)
         self.outstanding = size - room
-        count = len(taken)
-        self.waiting = count if count < limit else limit + self.waiting // 2 + 1
         self._hand_out(taken)
         self._taken_again = False
         return taken
@@ -1400,8 +1396,8 @@ class VringState:
         self._completed: list[tuple[int, int]] = []
         self._depth = 0
         self._chunk = 16  # chains that are taken, served and published together
-        self._mostly_waiting = 32.0  # chains that were there when some were taken: falls slowly, rises at once
-        self._idle = threading.Event()
+        self._mostly_waiting = 32.0  # chains
+        self._idle: threading.Event | None = None  # of whoever waits until nothing is in flight
         self._kick: int | None = None
         self._call: int | None = None
         self._call_room = select.poll()  # tells whether the call eventfd can be written without waiting
@@ -1464,7 +1460,7 @@ class VringState:
             while total < self._BUDGET:
                 chains = self._take()
                 if not chains:
-                    return
+                    break
                 total += len(chains)
                 coming = iter(chains)
                 try:
@@ -1474,24 +1470,34 @@ class VringState:
                     if rest and self._queue:
                         self._queue.put_back(rest)
                 self._flush()
+            if total > self._LEAST_CHUNK:
+                self._learn(total)
         finally:
             self._leave()
+
+    def _learn(self, total: int) -> None:
+        """A look at the ring found `total` chains until it was empty: go half as far at a time as the driver mostly has waiting.
+
+        What is published after the first half lets it send more during the second, so that neither side waits for the other, and a
+        finished request waits no longer for its batch than it must. A total that came at one go is what the driver has. A larger one
+        may have come bit by bit, and is believed slowly."""
+        mostly = self._mostly_waiting
+        if total <= self._chunk:
+            mostly = float(total)
+        else:
+            mostly += (min(total, 2 * mostly) - mostly) * 0.05
+        self._mostly_waiting = mostly
+        self._chunk = min(max(round(mostly / 2), self._LEAST_CHUNK), self._MOST_CHUNK)
 
     def _take(self) -> list[DescriptorChain]:
         queue = self._queue
         if queue is None or not self.active:
             return []
         try:
-            chains = queue.take(self._chunk)
+            return queue.take(self._chunk)
         except _BrokenRing as reason:
             self.fail(str(reason))
             return []
-        # Half of what the driver mostly has waiting: what is published after the first half lets it send more during the second, so
-        # that neither side waits for the other, and a finished request waits no longer for its batch than it must.
-        waiting, mostly = queue.waiting, self._mostly_waiting
-        self._mostly_waiting = mostly = waiting if waiting > mostly else mostly - (mostly - waiting) * 0.05
-        self._chunk = min(max(round(mostly / 2), self._LEAST_CHUNK), self._MOST_CHUNK)
-        return chains
 
     def add_used(self, chain: DescriptorChain, length: int) -> None:
         """The device is done with `chain`, and has written `length` bytes into it. From any thread, in any order.
@@ -1578,7 +1584,7 @@ class VringState:
             queue.publish()
             if queue.needs_notification():
                 self._signal()
-            if not queue.outstanding:
+            if self._idle and not queue.outstanding:
                 self._idle.set()
 
     def _flush_late(self) -> None:
@@ -1752,10 +1758,13 @@ class VringState:
     def wait_idle(self, timeout: float) -> bool:
         """Wait until nothing is in flight. Returns whether that is so."""
         with self.get_mut():
-            self._idle.clear()
             if not self.in_flight:
                 return True
-        return self._idle.wait(timeout)
+            self._idle = idle = threading.Event()
+        idle.wait(timeout)
+        with self.get_mut():
+            self._idle = None
+            return not self.in_flight
 
     def stop(self) -> int:
         """Let go of the queue and of the kick and call eventfds; configuration stays. Returns where the ring would go on. A chain that

@@ -148,19 +148,23 @@ class FileImage(Image):
         Raises OSError when it cannot be opened or mapped, ValueError when it is neither file nor block device."""
         self.name = os.path.basename(path)
         self.path = path
-        self.fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
-        mode = os.fstat(self.fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            os.close(self.fd)
-            raise ValueError(f"{path} is neither a file nor a block device")
+        # Without waiting: for the writer of a named pipe, say.
+        self.fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_CLOEXEC)
         self.read = functools.partial(os.preadv, self.fd)
         self.write = functools.partial(os.pwritev, self.fd)
         self._mapping = memoryview(b""), 0  # and `truncation.pages` when it was made
-        if _in_memory(self.fd) if mapped is None else mapped:
-            self.read = self._read_mapped
-            self.refresh()
         self._can_zero = True
-        self.can_discard = not read_only and self._fallocate(_FALLOC_PUNCH_HOLE, self.size(), 4096)
+        try:
+            mode = os.fstat(self.fd).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+                raise ValueError(f"{path} is neither a file nor a block device")
+            if _in_memory(self.fd) if mapped is None else mapped:
+                self.read = self._read_mapped
+                self.refresh()
+            self.can_discard = not read_only and self._fallocate(_FALLOC_PUNCH_HOLE, self.size(), 4096)
+        except BaseException:
+            os.close(self.fd)
+            raise
 
     def size(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)  # a block device's too
@@ -617,7 +621,10 @@ def _build(arguments: argparse.Namespace) -> Blk:
         serial=arguments.serial,
     )
     if isinstance(image, FileImage):
-        SizeWatch(image.path, disk.reload)
+        try:
+            SizeWatch(image.path, disk.reload)
+        except OSError as error:  # no inotify left, say
+            log.warning("%s is not watched for growth, SIGHUP still works: %s", image.path, error)
     return disk
 
 
