@@ -298,7 +298,7 @@ class Payload(ABC):
 
     def pack(self) -> bytes:
         """The bytes on the wire."""
-        return self.LAYOUT.pack(*astuple(self))  # type: ignore[call-overload]
+        return self.LAYOUT.pack(*astuple(self))  # type: ignore[call-overload]  # every payload is a dataclass
 
     @classmethod
     def unpack(cls: type[_P], data: bytes) -> _P:
