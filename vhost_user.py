@@ -2214,8 +2214,8 @@ class VhostUserDaemon:
 
     def wait(self) -> None:
         """Wait until the daemon has ended. Raises what ended it, unless that was `shutdown` or the front-end's leaving."""
-        if self._thread:
-            self._thread.join()
+        while self._thread and self._thread.is_alive():
+            self._thread.join(1.0)  # a signal that comes just before it blocks is not handled until it returns
         if self._failure:
             raise self._failure
 

@@ -343,7 +343,7 @@ class PackedInflight(InflightTracker):
         """What was in flight, in the order in which it was taken: (token, descriptors) each; and the next used position, with its wrap
         counter in bit 15. `ring_flags`: the flags of a ring's descriptor as they stand."""
         u8, u16, size = self._u8, self._u16, self._size
-        if u16[self._USED_IDX] != u16[self._OLD_USED_IDX]:
+        if (u16[self._USED_IDX], u8[self._USED_WRAP]) != (u16[self._OLD_USED_IDX], u8[self._OLD_USED_WRAP]):
             position, wrap = u16[self._OLD_USED_IDX], u8[self._OLD_USED_WRAP]
             available = PACKED_F_AVAIL if wrap else PACKED_F_USED
             if position < size and ring_flags(position) & PACKED_F_BOTH != available:
@@ -406,8 +406,8 @@ class PackedInflight(InflightTracker):
         for token in tokens:
             head = self._entries[token & 0xFFFF].pop()
             self._free(head)
+            self._u16[self._OLD_FREE_HEAD] = self._u16[self._FREE_HEAD]  # first: one that is neither free nor in flight would be lost
             self._u8[32 + 32 * head] = 0
-            self._u16[self._OLD_FREE_HEAD] = self._u16[self._FREE_HEAD]
 
     def _free(self, head: int) -> None:
         u16 = self._u16
