@@ -642,8 +642,9 @@ class Peer:
     """
 
     OK, REFUSED, CLOSED, SILENT = "acknowledged", "refused", "closed", "silent"
+    WITH_USER_ADDRESSES = ~int(VhostUserProtocolFeatures.GPA_ADDRESSES)
 
-    def __init__(self, path: str, protocol_features: int = -1, features: int | None = None) -> None:
+    def __init__(self, path: str, protocol_features: int = WITH_USER_ADDRESSES, features: int | None = None) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.connect(path)
         self.socket.settimeout(PATIENCE)
@@ -3991,7 +3992,7 @@ class MemoryChangeTests(DaemonTest):
 
     def test_memory_that_moves_in_the_front_end(self) -> None:
         """rule 8: user addresses are those of the current table, whatever they were."""
-        with self.prepared(Echo()) as (frontend, rig):
+        with self.prepared(Echo(), protocol_features=Peer.WITH_USER_ADDRESSES) as (frontend, rig):
             rig.share()
             queue = frontend.start_queue(0, rig.driver())
             self.echo(frontend, queue)
@@ -4001,6 +4002,29 @@ class MemoryChangeTests(DaemonTest):
             desc, avail, used = (0x12340000 + area - RAM for area in queue.driver.areas)
             frontend.request("SET_VRING_ADDR", VringAddr(0, 0, desc, used, avail, 0))
             self.echo(frontend, queue, kick=True)
+
+    def test_gpa_addresses_leave_user_addresses_out(self) -> None:
+        """Rings are at guest addresses, and user addresses mean nothing: those of the specification (the guest addresses again) and QEMU's zeroes."""
+        for table in False, True:
+            with self.subTest(table=table), self.prepared(Echo(), protocol_features=~PF.CONFIGURE_MEM_SLOTS if table else -1) as (frontend, rig):
+                self.assertTrue(frontend.protocol_features & PF.GPA_ADDRESSES)
+                [region] = rig.memory.regions
+                other = GuestRegionMmap.allocate(0, 1 << 16)
+                if table:
+                    rows = tuple(MemRegion(r.guest_addr, r.size, 0, 0) for r in (region, other))
+                    frontend.request("SET_MEM_TABLE", MemTable(rows), [region.fileno(), other.fileno()])
+                else:
+                    for r in region, other:
+                        frontend.request("ADD_MEM_REG", MemReg(r.guest_addr, r.size, 0, 0), [r.fileno()])
+                queue = frontend.start_queue(0, rig.driver())
+                self.assertEqual(rig.addresses(0, queue.driver).descriptor, RAM)
+                self.echo(frontend, queue)
+                if not table:
+                    frontend.request("REM_MEM_REG", MemReg(other.guest_addr, other.size, 0, 0))
+                    with self.raises(Refused, "REM_MEM_REG"):
+                        frontend.request("REM_MEM_REG", MemReg(other.guest_addr, other.size, 0, 0))
+                    self.expect_log("no region of")
+                    self.echo(frontend, queue)
 
     def test_regions_are_added_and_removed_under_load(self) -> None:
         with self.connected(Echo(), indirect=False) as frontend:

@@ -230,6 +230,7 @@ PROTOCOL_FEATURES = (
     | _PF.CONFIGURE_MEM_SLOTS
     | _PF.STATUS
     | _PF.GET_VRING_BASE_INFLIGHT
+    | _PF.GPA_ADDRESSES
 )
 """Protocol features that the framework implements for every device. `HOOKS` come with their hooks, CONFIG with a config space too."""
 
@@ -1779,15 +1780,19 @@ class _Session:
         self._change_memory(self._memory.memory().insert_region(self._map_region(payload, message)))
 
     def _rem_mem_reg(self, payload: MemReg, message: Message) -> None:
-        self._change_memory(self._memory.memory().remove_region(payload.guest_addr, payload.user_addr, payload.size))
+        self._change_memory(self._memory.memory().remove_region(payload.guest_addr, self._user_addr(payload), payload.size))
 
-    @staticmethod
-    def _map_region(region: MemRegion, message: Message) -> GuestRegionMmap:
+    def _map_region(self, region: MemRegion, message: Message) -> GuestRegionMmap:
         fd = message.take_fd()
         try:
-            return GuestRegionMmap(fd, region.guest_addr, region.size, region.user_addr, region.mmap_offset)
+            return GuestRegionMmap(fd, region.guest_addr, region.size, self._user_addr(region), region.mmap_offset)
         finally:
             os.close(fd)
+
+    def _user_addr(self, region: MemRegion) -> int:
+        """With GPA_ADDRESSES there are guest addresses only: as user addresses they serve for rings and the IOTLB. The message should say so as
+        well; QEMU 11.1 says 0."""
+        return region.guest_addr if self._protocol_features & _PF.GPA_ADDRESSES else region.user_addr
 
     def _change_memory(self, memory: GuestMemoryMmap) -> None:
         self._memory.replace(memory)
@@ -2561,25 +2566,29 @@ class Frontend:
         """Make `memory`, of regions that were allocated here, the guest's: by slots where the back-end has them, else as a table."""
         if self.protocol_features & _PF.CONFIGURE_MEM_SLOTS:
             for region in self.memory.regions:
-                self.request("REM_MEM_REG", MemReg(region.guest_addr, region.size, region.user_addr, 0))
+                self.request("REM_MEM_REG", MemReg(region.guest_addr, region.size, self._base(region), 0))
             for region in memory.regions:
                 self.add_region(region)
         else:
-            table = tuple(MemRegion(r.guest_addr, r.size, r.user_addr, r.mmap_offset) for r in memory.regions)
+            table = tuple(MemRegion(r.guest_addr, r.size, self._base(r), r.mmap_offset) for r in memory.regions)
             self.request("SET_MEM_TABLE", MemTable(table), [region.fileno() for region in memory.regions])
         self.memory = memory
 
     def add_region(self, region: GuestRegionMmap) -> None:
         """Share one more region (ADD_MEM_REG)."""
-        payload = MemReg(region.guest_addr, region.size, region.user_addr, region.mmap_offset)
+        payload = MemReg(region.guest_addr, region.size, self._base(region), region.mmap_offset)
         self.request("ADD_MEM_REG", payload, [region.fileno()])
 
+    def _base(self, region: GuestRegionMmap) -> int:
+        """The region's user address in messages."""
+        return region.guest_addr if self.protocol_features & _PF.GPA_ADDRESSES else region.user_addr
+
     def user_addr(self, guest_addr: int) -> int:
-        """The user address of a guest address. Raises ValueError outside RAM."""
+        """The user address of a guest address; the same with GPA_ADDRESSES. Raises ValueError outside RAM."""
         region = self.memory.find_region(guest_addr)
         if region is None:
             raise ValueError(f"guest address {guest_addr:#x} is not in RAM")
-        return region.user_addr + guest_addr - region.guest_addr
+        return self._base(region) + guest_addr - region.guest_addr
 
     # Rings
 
