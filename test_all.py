@@ -4026,6 +4026,28 @@ class MemoryChangeTests(DaemonTest):
                     self.expect_log("no region of")
                     self.echo(frontend, queue)
 
+    def test_xen_fields_are_parsed_and_xen_mappings_refused(self) -> None:
+        """A region with them is taken if it is an ordinary file; foreign and grant mappings are refused, and what they mean is said."""
+        foreign, grant = vhost_user.XEN_FOREIGN, vhost_user.XEN_GRANT | vhost_user.XEN_NO_ADVANCE_MAP
+        device = Echo()
+        device.protocol_features = PF.XEN_MMAP
+        with self.prepared(device, protocol_features=PF.REPLY_ACK | PF.CONFIGURE_MEM_SLOTS) as (frontend, rig):
+            [region] = rig.memory.regions
+            known = (region.guest_addr, region.size, region.user_addr, 0)
+            with self.assertRaises(Disconnected):
+                frontend.request("ADD_MEM_REG", MemReg(*known, 0, 7), [region.fileno()])
+            self.expect_log("Xen's fields without XEN_MMAP negotiated")
+        with self.serving(device) as served, served.peer(protocol_features=Peer.WITH_USER_ADDRESSES) as peer:
+            self.assertEqual([len(MemRegion(*known, 0, 7).pack()), len(MemReg(*known, 0, 7).pack())], [40, 48])
+            for flags in foreign, grant:
+                peer.msg("ADD_MEM_REG", MemReg(*known, flags, 7).pack(), fds=[region.fileno()], expect=Peer.REFUSED)
+                peer.msg("SET_MEM_TABLE", MemTable((MemRegion(*known, flags, 7),)).pack(), fds=[region.fileno()], expect=Peer.REFUSED)
+                self.expect_log(f"Xen flags {flags:#x} of domain 7: foreign and grant mappings of Xen are not supported")
+            peer.msg("ADD_MEM_REG", MemReg(*known, 0, 7).pack(), fds=[region.fileno()])
+            peer.msg("REM_MEM_REG", MemReg(*known, 0, 7).pack())
+            peer.msg("SET_MEM_TABLE", MemTable((MemRegion(*known, 0, 7), MemRegion(0, PAGE, 0, 0, 0, 7))).pack(), fds=[region.fileno()] * 2)
+            self.assertEqual([r.guest_addr for r in served.daemon.memory.memory().regions], [0, RAM])
+
     def test_regions_are_added_and_removed_under_load(self) -> None:
         with self.connected(Echo(), indirect=False) as frontend:
             [queue] = frontend.queues

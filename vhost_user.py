@@ -269,6 +269,7 @@ CONFIG_FLAG_WRITABLE, CONFIG_FLAG_LIVE_MIGRATION = 0, 1
 STATE_SAVE, STATE_LOAD = 0, 1  # direction of a device state transfer
 STATE_FAILED, STATE_NO_FD = 1, 1 << 8  # in the reply to SET_DEVICE_STATE_FD
 SHMEM_WRITABLE = 1  # flag of SHMEM_MAP
+XEN_FOREIGN, XEN_GRANT, XEN_NO_ADVANCE_MAP = 1 << 0, 1 << 1, 1 << 8  # flags of memory regions on Xen
 
 
 class VhostUserError(Exception):
@@ -395,32 +396,42 @@ class VringFd(Payload):
 
 @dataclass(frozen=True)
 class MemRegion(Payload):
-    """A region of guest memory ("Memory region description")."""
+    """A region of guest memory ("Memory region description"); with XEN_MMAP its size tells whether the two fields for Xen are there."""
 
     LAYOUT: ClassVar = struct.Struct("=QQQQ")
+    XEN_LAYOUT: ClassVar = struct.Struct("=QQQQII")
     guest_addr: int
     size: int
     user_addr: int
     mmap_offset: int
+    xen_flags: int | None = None  # XEN_FOREIGN, XEN_GRANT, XEN_NO_ADVANCE_MAP; 0: an ordinary file; None: no such field
+    xen_domain: int = 0
+
+    def pack(self) -> bytes:
+        fields = (self.guest_addr, self.size, self.user_addr, self.mmap_offset)
+        return self.LAYOUT.pack(*fields) if self.xen_flags is None else self.XEN_LAYOUT.pack(*fields, self.xen_flags, self.xen_domain)
+
+    @classmethod
+    def unpack(cls: type[_R], data: bytes) -> _R:
+        for layout in cls.LAYOUT, cls.XEN_LAYOUT:
+            if len(data) == layout.size:
+                return cls(*layout.unpack(data))
+        raise ProtocolError(f"payload of {len(data)} bytes, a memory region has {cls.LAYOUT.size}, or {cls.XEN_LAYOUT.size} on Xen")
 
     def __str__(self) -> str:
-        return f"{self.size:#x} bytes at guest {self.guest_addr:#x}, user {self.user_addr:#x}, offset {self.mmap_offset:#x}"
+        xen = "" if self.xen_flags is None else f", Xen flags {self.xen_flags:#x} of domain {self.xen_domain}"
+        return f"{self.size:#x} bytes at guest {self.guest_addr:#x}, user {self.user_addr:#x}, offset {self.mmap_offset:#x}{xen}"
+
+
+_R = TypeVar("_R", bound=MemRegion)
 
 
 @dataclass(frozen=True)
 class MemReg(MemRegion):
     """The same, alone in a message ("Single memory region description")."""
 
-    LAYOUT: ClassVar = struct.Struct("=QQQQQ")
-
-    def pack(self) -> bytes:
-        return self.LAYOUT.pack(0, *astuple(self))
-
-    @classmethod
-    def unpack(cls, data: bytes) -> MemReg:
-        if len(data) != cls.LAYOUT.size:
-            raise ProtocolError(f"payload of {len(data)} bytes, a memory region has {cls.LAYOUT.size}")
-        return cls(*cls.LAYOUT.unpack(data)[1:])
+    LAYOUT: ClassVar = struct.Struct("=8xQQQQ")
+    XEN_LAYOUT: ClassVar = struct.Struct("=8xQQQQII")
 
 
 @dataclass(frozen=True)
@@ -441,6 +452,8 @@ class MemTable(Payload):
         count, _ = cls.LAYOUT.unpack_from(data)
         if count > MAX_FDS:
             raise ProtocolError(f"a memory table of {count} regions, more than {MAX_FDS}")
+        if count and len(data) == head + count * MemRegion.XEN_LAYOUT.size:
+            item = MemRegion.XEN_LAYOUT.size
         if len(data) < head + count * item:
             raise ProtocolError(f"payload of {len(data)} bytes, a memory table of {count} regions has {head + count * item}")
         return cls(tuple(MemRegion.unpack(data[at : at + item]) for at in range(head, head + count * item, item)))
@@ -1783,6 +1796,10 @@ class _Session:
         self._change_memory(self._memory.memory().remove_region(payload.guest_addr, self._user_addr(payload), payload.size))
 
     def _map_region(self, region: MemRegion, message: Message) -> GuestRegionMmap:
+        if region.xen_flags is not None and not self._protocol_features & _PF.XEN_MMAP:
+            raise ProtocolError(f"a memory region with Xen's fields without XEN_MMAP negotiated: {region}")
+        if region.xen_flags:
+            raise Refused(f"{region}: foreign and grant mappings of Xen are not supported, only memory shared as a file (flags 0)")
         fd = message.take_fd()
         try:
             return GuestRegionMmap(fd, region.guest_addr, region.size, self._user_addr(region), region.mmap_offset)
