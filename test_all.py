@@ -24,6 +24,7 @@ import fcntl
 import gc
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -444,7 +445,7 @@ class Whole(Echo):
     """Has every hook that brings a protocol feature, and the drafts."""
 
     drafts = True
-    protocol_features = PF.HOST_NOTIFIER | PF.INBAND_NOTIFICATIONS
+    protocol_features = PF.HOST_NOTIFIER | PF.INBAND_NOTIFICATIONS | PF.CROSS_ENDIAN
 
     def __init__(self) -> None:
         super().__init__()
@@ -611,12 +612,12 @@ class Rig:
         self.frontend.memory = GuestMemoryMmap()
         self.frontend.share_memory(self.memory)
 
-    def driver(self, index: int = 0) -> SplitDriverQueue:
+    def driver(self, index: int = 0, **options: Any) -> SplitDriverQueue:
         """A new driver side, on a clean ring."""
         at = RAM + index * 0x10000
         length, (desc, avail, used) = SplitDriverQueue.layout(self.size)
         self.memory.write(at, bytes(length))
-        return SplitDriverQueue(self.memory, self.size, (at + desc, at + avail, at + used), self.frontend.features)
+        return SplitDriverQueue(self.memory, self.size, (at + desc, at + avail, at + used), self.frontend.features, **options)
 
     def add(self, driver: DriverQueue, data: bytes = b"ping") -> None:
         """One request, published and not kicked."""
@@ -2552,6 +2553,7 @@ EXAMPLES: dict[str, bytes] = {
     "SEND_RARP": b"\x52\x54\x00\x12\x34\x56\0\0",
     "NET_SET_MTU": u64(1500),
     "SET_BACKEND_REQ_FD": b"",
+    "SET_VRING_ENDIAN": pair(0, 1),
     "GET_CONFIG": Config(0, 0, bytes(8)).pack(),
     "SET_CONFIG": Config(0, 0, b"new").pack(),
     "SET_LOG_BASE": Log(PAGE, 0).pack(),
@@ -3257,6 +3259,30 @@ class EachRequestTests(WireTest):
                 with self.rejected(served, "INBAND_NOTIFICATIONS without", protocol_features=0) as peer:
                     peer.send(16, u64(int(PF.INBAND_NOTIFICATIONS | beside)))
 
+    def test_set_vring_endian(self) -> None:
+        with self.serving(Whole()) as served, served.peer(protocol_features=PF.REPLY_ACK) as peer:
+            peer.msg("SET_VRING_ENDIAN", pair(0, 1), expect=CLOSED)
+            self.expect_log("without CROSS_ENDIAN negotiated")
+        with self.serving(Whole()) as served:
+            for num in 2, 1 << 31:
+                with served.peer() as peer:
+                    peer.msg("SET_VRING_ENDIAN", pair(0, num), expect=CLOSED)
+                    self.expect_log("neither 0 .little. nor 1 .big.")
+            with served.peer(features=PROTOCOL) as peer:
+                ring = served.daemon.vrings[0]
+                for num, order in (1, "big"), (0, "little"):
+                    peer.msg("SET_VRING_ENDIAN", pair(0, num))
+                    self.assertEqual((ring.byteorder, served.daemon.vrings[1].byteorder), (order, sys.byteorder))
+                peer.msg("SET_VRING_KICK", u64(0), fds=[self.eventfd()])
+                peer.msg("SET_VRING_ENDIAN", pair(0, 1), expect=REFUSED)
+                self.expect_log("ring 0 is started")
+                peer.msg("GET_VRING_BASE", pair(0, 0), expect=pair(0, 0))
+                peer.msg("SET_VRING_ENDIAN", pair(0, 1))
+                peer.msg("SET_FEATURES", u64(PROTOCOL | VERSION_1))
+                self.assertEqual(ring.byteorder, "little")  # whatever was said: only legacy drivers have an order of their own
+            with served.peer(features=PROTOCOL) as peer:
+                self.assertEqual(ring.byteorder, sys.byteorder)  # the next front-end's own affair
+
     def test_send_rarp(self) -> None:
         device = Whole()
         with self.served(device) as served, served.peer() as peer:
@@ -3648,6 +3674,56 @@ class TrafficTests(DaemonTest):
             self.echo(frontend, other)
             frontend.stop_queue(one)
             del avail
+
+
+class CrossEndianTests(DaemonTest):
+    """Legacy rings of guests whose byte order is not this host's (CROSS_ENDIAN)."""
+
+    def test_legacy_rings_of_both_byte_orders(self) -> None:
+        """Ring indices, descriptors, indirect tables, events: all in the driver's order, over many laps."""
+        orders = set()
+
+        class Legacy(Echo):
+            protocol_features = PF.CROSS_ENDIAN
+
+            def process_queue(self, vring: VringT) -> None:
+                orders.add(vring.byteorder)
+                super().process_queue(vring)
+
+        for big, indirect, events in itertools.product((False, True), (False, True), (False, True)):
+            features = PROTOCOL | indirect << 28 | events << 29
+            with self.subTest(big=big, indirect=indirect, events=events), self.prepared(Legacy(), features) as (frontend, rig):
+                self.assertFalse(frontend.features & VERSION_1)
+                rig.share()
+                driver = rig.driver(big_endian=big, tables=RAM + 0x40000 if indirect else None)
+                queue = frontend.start_queue(0, driver)
+                for number in range(3 * rig.size):
+                    self.echo(frontend, queue, b"%d" % number)
+                [shown] = struct.unpack_from(">H" if big else "<H", rig.memory.view(driver.areas[1], 4), 2)
+                self.assertEqual(shown, 3 * rig.size)
+                self.assertEqual(orders, {"big" if big else "little"})
+                orders.clear()
+
+    def test_scattered_chains_of_a_big_endian_driver(self) -> None:
+        """Chains whose descriptors do not stand together, in the table and in an indirect one."""
+        with self.prepared(Whole(), PROTOCOL | 1 << 28) as (frontend, rig):
+            rig.share()
+            queue = frontend.start_queue(0, rig.driver(big_endian=True))
+            table, memory = struct.Struct(">QIHH"), rig.memory
+            at, answer = RAM + 0x40000, RAM + 0x41000
+            memory.write(at, b"ping")
+            desc, avail, used = queue.driver.areas
+            memory.write(desc + 16 * 5, table.pack(at, 2, 1, 2))
+            memory.write(desc + 16 * 2, table.pack(at + 2, 2, 1, 9))
+            memory.write(desc + 16 * 9, table.pack(answer, 4, 2, 0))
+            indirect = RAM + 0x42000
+            memory.write(indirect, table.pack(at, 4, 1, 2) + bytes(16) + table.pack(answer + 16, 4, 2, 0))
+            memory.write(desc + 16 * 7, table.pack(indirect, 48, 4, 0))
+            memory.write(avail, struct.pack(">HHHH", 0, 2, 5, 7))
+            queue.kick()
+            wait_until(lambda: memory.read(used + 2, 2) == b"\0\2", "both to be used")
+            self.assertEqual(memory.read(used + 4, 16), struct.pack(">IIII", 5, 4, 7, 4))
+            self.assertEqual((memory.read(answer, 4), memory.read(answer + 16, 4)), (b"gnip", b"gnip"))
 
 
 class RingStateTests(DaemonTest):

@@ -249,7 +249,7 @@ HOOKS = (
 DRAFTS = _PF.GET_VRING_BASE_SKIP_DRAIN
 """Protocol features of drafts: offered by a device that says `drafts`."""
 
-_WANTED = PROTOCOL_FEATURES | _PF.HOST_NOTIFIER | _PF.INBAND_NOTIFICATIONS | DRAFTS
+_WANTED = PROTOCOL_FEATURES | _PF.HOST_NOTIFIER | _PF.INBAND_NOTIFICATIONS | _PF.CROSS_ENDIAN | DRAFTS
 for _, _feature in HOOKS:
     _WANTED |= _feature
 
@@ -748,6 +748,7 @@ _ROWS = (
     Request(19, "SEND_RARP", Mac, gate=_PF.RARP),
     Request(20, "NET_SET_MTU", U64, gate=_PF.MTU),
     Request(21, "SET_BACKEND_REQ_FD", fds=(1, 1), gate=_PF.BACKEND_REQ),
+    Request(23, "SET_VRING_ENDIAN", VringStatePayload, gate=_PF.CROSS_ENDIAN),
     Request(24, "GET_CONFIG", Config, reply=Config, gate=_PF.CONFIG, failed=Empty()),
     Request(25, "SET_CONFIG", Config, gate=_PF.CONFIG),
     Request(26, "CREATE_CRYPTO_SESSION", CryptoSession, reply=CryptoSession, gate=_PF.CRYPTO_SESSION, failed=CryptoSession(0, b"", -1)),
@@ -1856,6 +1857,11 @@ class _Session:
     def _set_vring_num(self, payload: VringStatePayload, message: Message) -> None:
         self._stopped_ring(payload.index).set_queue_size(payload.num)
 
+    def _set_vring_endian(self, payload: VringStatePayload, message: Message) -> None:
+        if payload.num > 1:
+            raise ProtocolError(f"SET_VRING_ENDIAN of ring {payload.index} with {payload.num}, neither 0 (little) nor 1 (big)")
+        self._stopped_ring(payload.index).set_queue_endian(bool(payload.num))
+
     def _set_vring_base(self, payload: VringStatePayload, message: Message) -> None:
         self._stopped_ring(payload.index).set_queue_next_avail(payload.num)
 
@@ -2616,6 +2622,8 @@ class Frontend:
         desc, available, used = map(self.user_addr, driver.areas)
         self.request("SET_VRING_NUM", VringStatePayload(index, driver.size))
         self.request("SET_VRING_BASE", VringStatePayload(index, base))
+        if driver.big_endian:
+            self.request("SET_VRING_ENDIAN", VringStatePayload(index, 1))
         self.request("SET_VRING_ADDR", VringAddr(index, 0, desc, used, available, 0))
         self.request("SET_VRING_ERR", VringFd(index), (queue.err_fd,))
         self.request("SET_VRING_CALL", VringFd(index), (queue.call_fd,))

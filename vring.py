@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain as concatenate
-from typing import TYPE_CHECKING, Any, ContextManager, Protocol
+from typing import TYPE_CHECKING, Any, ContextManager, Literal, Protocol
 
 if TYPE_CHECKING or not __package__:
     from guest_memory import STRONGLY_ORDERED, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap
@@ -100,8 +100,9 @@ EVENT_FLAGS_DISABLE = 1
 EVENT_FLAGS_DESC = 2
 
 _DESCRIPTOR_SIZE = 16
-_SWAP = sys.byteorder == "big"  # rings are little-endian
+_SWAP = sys.byteorder == "big"  # rings are little-endian, but for those of legacy drivers
 _DESCRIPTOR = struct.Struct("<QIHH")  # address, length, then flags, next (split) or id, flags (packed)
+_BIG_DESCRIPTOR = struct.Struct(">QIHH")
 # Of a descriptor that the other side is looking at, all but the flags: pack_into clears its whole target first, and flags that are 0 for
 # a moment may mean "available" (or, on the device side, "used").
 _PACKED_DESCRIPTOR_HIDDEN = struct.Struct("<QIH")
@@ -122,13 +123,13 @@ def _swap64(value: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _table_struct(entries: int) -> struct.Struct:
-    return struct.Struct("<" + "QIHH" * entries)
+def _table_struct(entries: int, big_endian: bool) -> struct.Struct:
+    return struct.Struct(("<", ">")[big_endian] + "QIHH" * entries)
 
 
 @lru_cache(maxsize=256)
-def _used_struct(entries: int) -> struct.Struct:
-    return struct.Struct("<" + "II" * entries)
+def _used_struct(entries: int, big_endian: bool) -> struct.Struct:
+    return struct.Struct(("<", ">")[big_endian] + "II" * entries)
 
 
 class VringError(Exception):
@@ -446,7 +447,23 @@ class PackedInflight(InflightTracker):
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-class Queue(ABC):
+class _Ring:
+    """Either side of a virtqueue: numbers in shared memory, in the ring's byte order."""
+
+    def __init__(self, big_endian: bool) -> None:
+        self.big_endian = big_endian
+        self._swap = big_endian != _SWAP
+        self._descriptor = _BIG_DESCRIPTOR if big_endian else _DESCRIPTOR
+
+    def _load(self, view: memoryview, item: int) -> int:
+        value: int = view[item]
+        return _swap16(value) if self._swap else value
+
+    def _store(self, view: memoryview, item: int, value: int) -> None:
+        view[item] = _swap16(value) if self._swap else value
+
+
+class Queue(_Ring, ABC):
     """The device side of a virtqueue in guest RAM. Callers see to it that one thread at a time is inside.
 
     size         entries
@@ -458,10 +475,19 @@ class Queue(ABC):
 
     _MEMO_LIMIT = 2048  # parsed chains kept of each kind; about 1 KiB each
 
-    def __init__(self, memory: GuestMemoryMmap, size: int, areas: tuple[int, int, int], features: int, complaint: Callable[[str], None]) -> None:
-        """`areas` are the guest addresses of descriptor table or ring, driver area and device area. Raises GuestMemoryError when one is
-        not in RAM, VringError for a size or alignment that the format does not have."""
+    def __init__(
+        self,
+        memory: GuestMemoryMmap,
+        size: int,
+        areas: tuple[int, int, int],
+        features: int,
+        complaint: Callable[[str], None],
+        big_endian: bool = False,
+    ) -> None:
+        """`areas` are the guest addresses of descriptor table or ring, driver area and device area; `big_endian`: the driver is a legacy one of
+        such a guest. Raises GuestMemoryError when an area is not in RAM, VringError for a size or alignment that the format does not have."""
         self._check_size(size)
+        super().__init__(big_endian)
         self.size = size
         self.outstanding = 0
         self.taken = 0
@@ -678,7 +704,7 @@ class Queue(ABC):
         readable_len = writable_len = 0
         start, size, ram = self._ram
         number = first
-        for address, length, third, fourth in _DESCRIPTOR.iter_unpack(content):
+        for address, length, third, fourth in self._descriptor.iter_unpack(content):
             flags = third if number is not None else fourth
             if flags & DESC_F_INDIRECT:
                 if number is not None:
@@ -721,16 +747,6 @@ class Queue(ABC):
         if region is not None:
             self._ram = (region.guest_addr, region.size, region.view)
         return parts
-
-
-def _renumbered(copies: list[bytes]) -> bytes:
-    """Descriptors of a split chain as they would stand one after another at the start of a table."""
-    content = bytearray()
-    for number, copy in enumerate(copies, 1):
-        address, length, flags, _ = _DESCRIPTOR.unpack(copy)
-        more = number < len(copies)
-        content += _DESCRIPTOR.pack(address, length, flags | DESC_F_NEXT if more else flags & ~DESC_F_NEXT, number if more else 0)
-    return bytes(content)
 
 
 class SplitQueue(Queue):
@@ -779,24 +795,15 @@ class SplitQueue(Queue):
     def _slots(chain: DescriptorChain) -> int:
         return 1
 
-    @staticmethod
-    def _load(view: memoryview, item: int) -> int:
-        value: int = view[item]
-        return _swap16(value) if _SWAP else value
-
-    @staticmethod
-    def _store(view: memoryview, item: int, value: int) -> None:
-        view[item] = _swap16(value) if _SWAP else value
-
     def available(self) -> bool:
         return self._load(self._avail, 1) != self._next_avail or bool(self._again)
 
     def take(self, limit: int) -> list[DescriptorChain]:
         if self._again:
             return self._take_again(limit)
-        avail = self._avail
+        avail, swap = self._avail, self._swap
         index = avail[1]
-        if _SWAP:
+        if swap:
             index = _swap16(index)
         position = self._next_avail
         waiting = (index - position) & 0xFFFF
@@ -813,7 +820,7 @@ class SplitQueue(Queue):
             heads = avail[2 + start : 2 + start + count].tolist()
         else:
             heads = avail[2 + start : 2 + size].tolist() + avail[2 : 2 + start + count - size].tolist()
-        if _SWAP:
+        if swap:
             heads = [_swap16(head) for head in heads]
         taken: list[DescriptorChain] = []
         append = taken.append
@@ -877,7 +884,7 @@ class SplitQueue(Queue):
             self._remember(self._direct, content, chain)
             return chain
         copies = self._follow(self._desc, self.size, head)
-        address, length, flags, _ = _DESCRIPTOR.unpack(copies[-1])
+        address, length, flags, _ = self._descriptor.unpack(copies[-1])
         if flags & DESC_F_INDIRECT:  # the last one may be, alone or behind others (virtio 1.3 §2.7.5.3.2)
             if flags & DESC_F_NEXT:
                 raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
@@ -886,21 +893,29 @@ class SplitQueue(Queue):
             if len(copies) == 1:
                 return self._parse_table(head, content)
             table = self._follow(content, len(content) // 16, 0, nested=True)
-            return self._chain(head, _renumbered(copies[:-1] + table), 0)
+            return self._chain(head, self._renumbered(copies[:-1] + table), 0)
         self._spans[head] = slice(16 * head, 16 * (head + len(copies)))  # a guess for the next time: they mostly stand together
-        return self._chain(head, _renumbered(copies), 0)
+        return self._chain(head, self._renumbered(copies), 0)
 
     def _parse_table(self, head: int, content: bytes) -> DescriptorChain:
         """The chain of an indirect table."""
         try:
             chain = self._chain(head, content, 0)
         except _Scrambled:
-            chain = self._chain(head, _renumbered(self._follow(content, len(content) // 16, 0, nested=True)), 0)
+            chain = self._chain(head, self._renumbered(self._follow(content, len(content) // 16, 0, nested=True)), 0)
         self._remember(self._by_table, content, chain)
         return chain
 
-    @staticmethod
-    def _follow(table: memoryview | bytes, entries: int, index: int, nested: bool = False) -> list[bytes]:
+    def _renumbered(self, copies: list[bytes]) -> bytes:
+        """Descriptors of a chain as they would stand one after another at the start of a table."""
+        content = bytearray()
+        for number, copy in enumerate(copies, 1):
+            address, length, flags, _ = self._descriptor.unpack(copy)
+            more = number < len(copies)
+            content += self._descriptor.pack(address, length, flags | DESC_F_NEXT if more else flags & ~DESC_F_NEXT, number if more else 0)
+        return bytes(content)
+
+    def _follow(self, table: memoryview | bytes, entries: int, index: int, nested: bool = False) -> list[bytes]:
         """Copies of the descriptors from `index` on, up to one without NEXT or one with INDIRECT, which may not be in a `nested` table."""
         name = "indirect table" if nested else "table"
         copies: list[bytes] = []
@@ -911,7 +926,7 @@ class SplitQueue(Queue):
                 raise _MalformedChain(f"the descriptors of the {name} form a loop")
             copy = bytes(table[16 * index : 16 * index + 16])
             copies.append(copy)
-            _, _, flags, index = _DESCRIPTOR.unpack(copy)
+            _, _, flags, index = self._descriptor.unpack(copy)
             if nested and flags & DESC_F_INDIRECT:
                 raise _MalformedChain("an indirect descriptor inside an indirect table")
             if not flags & DESC_F_NEXT or flags & DESC_F_INDIRECT:
@@ -923,15 +938,15 @@ class SplitQueue(Queue):
         size, count = self.size, len(batch)
         start = self._next_used & (size - 1)
         if start + count <= size:
-            _used_struct(count).pack_into(self._used, 4 + 8 * start, *concatenate.from_iterable(batch))
+            _used_struct(count, self.big_endian).pack_into(self._used, 4 + 8 * start, *concatenate.from_iterable(batch))
         else:
             fits = size - start
-            _used_struct(fits).pack_into(self._used, 4 + 8 * start, *concatenate.from_iterable(batch[:fits]))
-            _used_struct(count - fits).pack_into(self._used, 4, *concatenate.from_iterable(batch[fits:]))
+            _used_struct(fits, self.big_endian).pack_into(self._used, 4 + 8 * start, *concatenate.from_iterable(batch[:fits]))
+            _used_struct(count - fits, self.big_endian).pack_into(self._used, 4, *concatenate.from_iterable(batch[fits:]))
         if not STRONGLY_ORDERED:
             self._fence()
         self._next_used = index = (self._next_used + count) & 0xFFFF
-        self._used16[1] = _swap16(index) if _SWAP else index
+        self._used16[1] = _swap16(index) if self._swap else index
         if self.log:
             self._log_used(0, 4)
             self._log_used(4 + 8 * start, 8 * min(count, size - start))
@@ -1042,9 +1057,6 @@ class PackedQueue(Queue):
             if flags & DESC_F_INDIRECT:
                 content = bytes(self._table(address, length, content, token))
         return self._chain(token, content, None)
-
-    _load = staticmethod(SplitQueue._load)
-    _store = staticmethod(SplitQueue._store)
 
     def available(self) -> bool:
         flags = self._load(self._flags, 8 * self._next_avail + 7)
@@ -1255,6 +1267,8 @@ class VringT(Protocol):
     def set_queue_next_used(self, used: int) -> None: ...
     def set_queue_size(self, num: int) -> None: ...
     def set_queue_event_idx(self, enabled: bool) -> None: ...
+    @property
+    def byteorder(self) -> Literal["little", "big"]: ...
     def set_queue_ready(self, ready: bool) -> None: ...
     def set_kick(self, fd: int | None) -> None: ...
     def read_kick(self) -> bool: ...
@@ -1385,6 +1399,7 @@ class VringState:
         self._lock: NoLock | TurnLock = self._make_lock()
         self._memory = memory
         self._features = 0
+        self._big_endian: bool | None = None  # what SET_VRING_ENDIAN said
         self._size = max_queue_size
         self._base = 0
         self._info: tuple[int, int, int] | None = None
@@ -1665,6 +1680,19 @@ class VringState:
         with self.get_mut():
             self._features = features
 
+    def set_queue_endian(self, big: bool) -> None:
+        """The byte order of a legacy driver (SET_VRING_ENDIAN). Takes effect when the ring starts."""
+        with self.get_mut():
+            self._big_endian = big
+
+    @property
+    def byteorder(self) -> Literal["little", "big"]:
+        """The ring's byte order, and that of the device's own structures in its buffers: "little" with VIRTIO_F_VERSION_1, else the driver's,
+        which is this host's unless the front-end said otherwise (virtio 1.3 §2.7.3)."""
+        if self._features >> VIRTIO_F_VERSION_1 & 1:
+            return "little"
+        return sys.byteorder if self._big_endian is None else "big" if self._big_endian else "little"
+
     def set_queue_size(self, num: int) -> None:
         """Entries. Raises VringError when there are more than the device allows, or none."""
         if not 0 < num <= self.max_queue_size:
@@ -1786,7 +1814,7 @@ class VringState:
         with self.get_mut():
             self.stop()
             self.enabled = self._ready = False
-            self.broken = self._info = self._inflight = self._log = self._log_used_at = None
+            self.broken = self._info = self._inflight = self._log = self._log_used_at = self._big_endian = None
             self._base = self._features = 0
             self._size = self.max_queue_size
 
@@ -1796,7 +1824,7 @@ class VringState:
         self.active = False
         if self.started and self._ready and self._queue is None and self._info:
             kind = PackedQueue if self._features >> VIRTIO_F_RING_PACKED & 1 else SplitQueue
-            queue = kind(self._memory.memory(), self._size, self._info, self._features, self.complain)
+            queue = kind(self._memory.memory(), self._size, self._info, self._features, self.complain, self.byteorder == "big")
             queue.start(self._base, self._inflight)
             queue.log, queue.log_used_at = self._log, self._log_used_at
             self._queue = queue
@@ -1890,7 +1918,7 @@ Buffer = tuple[int, int]
 _Piece = tuple[int, int, int]  # guest address, length in bytes, flags
 
 
-class DriverQueue(ABC):
+class DriverQueue(_Ring, ABC):
     """The driver side of a virtqueue: adds chains, collects what was used. One thread at a time.
 
     Its memory: `layout(size)` says how much, and where in it the three areas are. With `tables`, the guest address of
@@ -1900,7 +1928,11 @@ class DriverQueue(ABC):
     TABLE_ENTRIES = 32
     TABLE_BYTES = 16 * TABLE_ENTRIES
 
-    def __init__(self, memory: GuestMemoryMmap, size: int, areas: tuple[int, int, int], features: int = 0, tables: int | None = None) -> None:
+    def __init__(
+        self, memory: GuestMemoryMmap, size: int, areas: tuple[int, int, int], features: int = 0, tables: int | None = None, big_endian: bool = False
+    ) -> None:
+        """`big_endian`: a legacy driver of a big-endian guest."""
+        super().__init__(big_endian)
         self.size = size
         self.areas = areas
         self.free = size
@@ -2001,7 +2033,7 @@ class DriverQueue(ABC):
             more = number < len(pieces)
             fields += (address, length, 0, write) if packed else (address, length, write | (DESC_F_NEXT if more else 0), number if more else 0)
         address = self._tables + slot * self.TABLE_BYTES
-        self._memory.write(address, _table_struct(len(pieces)).pack(*fields))
+        self._memory.write(address, _table_struct(len(pieces), self.big_endian).pack(*fields))
         return address, 16 * len(pieces)
 
 
@@ -2024,21 +2056,18 @@ class SplitDriverQueue(DriverQueue):
         self._index = 0  # the next available index, not yet shown
         self._seen = 0
 
-    _load = staticmethod(SplitQueue._load)
-    _store = staticmethod(SplitQueue._store)
-
     def _place(self, pieces: list[_Piece]) -> int:
         if self._tables is not None:
             slot = self._free_heads.popleft()
             indices = [slot]
             address, length = self._write_table(slot, pieces, packed=False)
-            _DESCRIPTOR.pack_into(self._desc, 16 * slot, address, length, DESC_F_INDIRECT, 0)
+            self._descriptor.pack_into(self._desc, 16 * slot, address, length, DESC_F_INDIRECT, 0)
         else:
             indices = [self._free_heads.popleft() for _ in pieces]
             for number, (slot, (address, length, write)) in enumerate(zip(indices, pieces), 1):
                 more = number < len(pieces)
                 flags = write | (DESC_F_NEXT if more else 0)
-                _DESCRIPTOR.pack_into(self._desc, 16 * slot, address, length, flags, indices[number] if more else 0)
+                self._descriptor.pack_into(self._desc, 16 * slot, address, length, flags, indices[number] if more else 0)
         head = indices[0]
         self._chains[head] = indices
         self._store(self._avail, 2 + self._index % self.size, head)
@@ -2063,7 +2092,7 @@ class SplitDriverQueue(DriverQueue):
             return None
         if not STRONGLY_ORDERED:
             self._fence()
-        identity, length = _used_struct(1).unpack_from(self._used, 4 + 8 * (self._seen % self.size))
+        identity, length = _used_struct(1, self.big_endian).unpack_from(self._used, 4 + 8 * (self._seen % self.size))
         self._seen = (self._seen + 1) & 0xFFFF
         return identity, length
 
@@ -2099,9 +2128,6 @@ class PackedDriverQueue(DriverQueue):
         self._wrap = self._used_wrap = 1
         self._hidden: tuple[int, int] | None = None  # position and flags of the first descriptor that is not yet shown
         self._added = 0  # descriptors that are not yet shown
-
-    _load = staticmethod(SplitQueue._load)
-    _store = staticmethod(SplitQueue._store)
 
     def _place(self, pieces: list[_Piece]) -> int:
         identity = self._free_ids.popleft()
