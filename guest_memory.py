@@ -9,13 +9,15 @@ In reading order:
 - Order between CPUs `Fence`, the full memory fence; `atomic_or`, the atomic OR on a shared word
 - Regions            `GuestRegionMmap`: one mapped range of guest addresses
 - Memory             `GuestMemoryMmap`: an immutable set of regions, address translation, reads and writes
+- IOMMU              `Iotlb`, `IovaMemory`: the same memory by I/O virtual addresses
 - Dirty log          `DirtyLog`: which pages were written, for live migration
 - Snapshots          `GuestMemoryAtomic`: the current set, swapped as a whole
 
 `vring` walks rings and buffers through `GuestMemoryMmap`; `vhost_user` builds the regions from messages.
 
-Three kinds of address occur (vhost-user, "Memory region description"): a *guest address* is the guest's physical one, a *user
-address* is the front-end's own pointer to the same byte, and a *host address* is where this process has mapped it.
+Four kinds of address occur (vhost-user, "Memory region description"): a *guest address* is the guest's physical one, a *user
+address* is the front-end's own pointer to the same byte, and a *host address* is where this process has mapped it. With an IOMMU the driver
+uses I/O virtual addresses (*IOVAs*) in the place of guest addresses.
 """
 
 from __future__ import annotations
@@ -29,18 +31,26 @@ import signal
 import stat
 import sys
 import threading
+import time
 import weakref
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 __all__ = [
+    "ACCESS_READ",
+    "ACCESS_WRITE",
+    "AddressSpace",
     "DirtyLog",
     "Fence",
     "GuestMemoryAtomic",
     "GuestMemoryError",
     "GuestMemoryMmap",
     "GuestRegionMmap",
+    "Iotlb",
+    "IotlbMiss",
+    "IovaMemory",
     "MAX_REGIONS",
     "STRONGLY_ORDERED",
     "atomic_or",
@@ -53,6 +63,9 @@ MAX_REGIONS = 509
 """Most regions one guest may have: what the kernel's vhost and KVM allow (KVM_USER_MEM_SLOTS), and so what VMMs expect."""
 
 ADDRESS_LIMIT = 1 << 64
+
+ACCESS_READ, ACCESS_WRITE = 1, 2
+"""What an IOMMU lets the device do (vhost-user, "An IOTLB message")."""
 
 
 class GuestMemoryError(Exception):
@@ -68,11 +81,15 @@ class GuestMemoryError(Exception):
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.syscall.restype = ctypes.c_long
 
 _PROT_READ, _PROT_READ_WRITE = 1, 3
 _MAP_SHARED = 1
+_MAP_RESERVE = 0x2 | 0x20 | 0x4000  # private, anonymous, nothing set aside for it
+_MREMAP_MAYMOVE_FIXED = 1 | 2
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE = os.sysconf("SC_PAGESIZE")
 
@@ -103,10 +120,37 @@ def map_shared(fd: int, offset: int, size: int, writable: bool = True) -> memory
         code = ctypes.get_errno()
         cause = _MMAP_CAUSES.get(code, "see errno")
         raise GuestMemoryError(f"mmap of {size:#x} bytes at offset {offset:#x}: {os.strerror(code)} ({cause})")
+    return _owned(address, length)[offset - start : offset - start + size]
+
+
+def _owned(address: int, length: int) -> memoryview:
+    """What is mapped there, unmapped when the last view of it dies."""
     mapped = (ctypes.c_ubyte * length).from_address(address)
     _mappings[address] = length
     weakref.finalize(mapped, _unmap, address, length).atexit = False
-    return memoryview(mapped).cast("B")[offset - start : offset - start + size]
+    return memoryview(mapped).cast("B")
+
+
+def _joined(parts: Sequence[memoryview]) -> memoryview:
+    """Views of shared mappings as one, mapped a second time side by side. Raises GuestMemoryError unless they meet where pages do."""
+    offset = _address_of(parts[0]) % _PAGE
+    ends = [(_address_of(part) % _PAGE, (_address_of(part) + len(part)) % _PAGE) for part in parts]
+    if any(end for _, end in ends[:-1]) or any(start for start, _ in ends[1:]):
+        raise GuestMemoryError(f"{len(parts)} pieces of memory that do not meet at pages of {_PAGE} bytes cannot be one area")
+    size = sum(map(len, parts))
+    length = -(-(offset + size) // _PAGE) * _PAGE
+    address = _libc.mmap(None, length, 0, _MAP_RESERVE, -1, 0)
+    if address is None or address == _MAP_FAILED:
+        raise GuestMemoryError(f"no room for an area of {length:#x} bytes: {os.strerror(ctypes.get_errno())}")
+    whole, at = _owned(address, length), address
+    for part in parts:
+        source = _address_of(part)
+        pages = -(-(source % _PAGE + len(part)) // _PAGE) * _PAGE
+        # With an old size of 0 a shared mapping stays where it is and gets a second one (mremap(2)).
+        if _libc.mremap(source - source % _PAGE, 0, pages, _MREMAP_MAYMOVE_FIXED, at) != at:
+            raise GuestMemoryError(f"a piece of memory cannot be mapped again (huge pages?): {os.strerror(ctypes.get_errno())}")
+        at += pages
+    return whole[offset : offset + size]
 
 
 def _check_backing(fd: int, end: int) -> None:
@@ -410,8 +454,23 @@ class GuestMemoryMmap:
                 return region.guest_addr + offset
         raise GuestMemoryError(f"{length:#x} bytes at user address {user_addr:#x} lie in no region")
 
-    def view(self, guest_addr: int, length: int) -> memoryview:
-        """`length` bytes at the guest address, as one view into guest RAM. Raises GuestMemoryError unless they lie in one region."""
+    def user_views(self, user_addr: int, length: int) -> list[memoryview]:
+        """`length` bytes at the front-end's address, one view for each region they span. Raises GuestMemoryError when a byte is in none."""
+        found = []
+        position, left = user_addr, length
+        while left > 0:
+            region = self.find_region(self.user_to_guest(position))
+            assert region is not None
+            offset = position - region.user_addr
+            part = region.view[offset : offset + left]
+            found.append(part)
+            position += len(part)
+            left -= len(part)
+        return found
+
+    def view(self, guest_addr: int, length: int, access: int = ACCESS_READ | ACCESS_WRITE) -> memoryview:
+        """`length` bytes at the guest address, as one view into guest RAM, which allows any access. Raises GuestMemoryError unless they lie in
+        one region."""
         region = self.find_region(guest_addr)
         if region is not None:
             offset = guest_addr - region.guest_addr
@@ -419,7 +478,7 @@ class GuestMemoryMmap:
                 return region.view[offset : offset + length]
         raise GuestMemoryError(f"{length:#x} bytes at guest address {guest_addr:#x} are not in one region")
 
-    def views(self, guest_addr: int, length: int) -> list[memoryview]:
+    def views(self, guest_addr: int, length: int, access: int = ACCESS_READ | ACCESS_WRITE) -> list[memoryview]:
         """`length` bytes at the guest address, one view for each region they span. Raises GuestMemoryError when a byte is outside RAM."""
         found = []
         position, left = guest_addr, length
@@ -440,17 +499,201 @@ class GuestMemoryMmap:
 
     def write(self, guest_addr: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` to the guest address. Raises GuestMemoryError, with nothing written, when a byte is outside RAM."""
-        source = memoryview(data).cast("B")
-        done = 0
-        for part in self.views(guest_addr, len(source)):
-            part[:] = source[done : done + len(part)]
-            done += len(part)
+        _copy_into(self.views(guest_addr, len(data)), data)
+
+
+def _copy_into(parts: Sequence[memoryview], data: bytes | bytearray | memoryview) -> None:
+    source = memoryview(data).cast("B")
+    done = 0
+    for part in parts:
+        part[:] = source[done : done + len(part)]
+        done += len(part)
 
 
 def _check_overlap(regions: Sequence[GuestRegionMmap], starts: list[int], kind: str) -> None:
     for (lower, start), following, upper in zip(zip(regions, starts), starts[1:], regions[1:]):
         if start + lower.size > following:
             raise GuestMemoryError(f"{lower} and {upper} overlap in {kind} addresses")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# IOMMU
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class AddressSpace(Protocol):
+    """What addresses in rings and descriptors stand for: guest addresses (`GuestMemoryMmap`), or IOVAs (`IovaMemory`)."""
+
+    def view(self, address: int, length: int, access: int = ..., /) -> memoryview: ...
+    def views(self, address: int, length: int, access: int = ..., /) -> list[memoryview]: ...
+    def write(self, address: int, data: bytes | bytearray | memoryview, /) -> None: ...
+    def find_region(self, address: int, /) -> GuestRegionMmap | None: ...
+    def guest_ranges(self, view: memoryview) -> list[tuple[int, int]]: ...
+
+
+class IotlbMiss(Exception):
+    """Translations that are not known, and which the front-end has been asked for: try again when there is an update.
+
+    last  the IOVA that was asked for last: before that is answered it is of no use to try; None: not all could be asked for"""
+
+    def __init__(self, last: int | None) -> None:
+        super().__init__("translations are missing" if last is None else f"the translation of IOVA {last:#x} is missing")
+        self.last = last
+
+    def answered_by(self, iova: int, size: int) -> bool:
+        """Whether it is time to try, after an update of this range."""
+        return self.last is None or iova <= self.last < iova + size
+
+
+class Iotlb:
+    """Translations of IOVAs to user addresses, as the front-end tells them (vhost-user, "IOMMU support"). For any thread.
+
+    It keeps LIMIT of them. Then the oldest one goes, and is asked for when it is needed again.
+    """
+
+    LIMIT = 16384
+    MOST_ASKED = 64  # misses that are told at a time
+    ASK_AGAIN = 1.0  # seconds without an answer
+    MISS, UPDATE, INVALIDATE, ACCESS_FAIL = 1, 2, 3, 4  # types of IOTLB messages
+
+    def __init__(self, tell: Callable[[int, int, int], bool]) -> None:
+        """`tell(kind, iova, access)` tells the front-end of a MISS or an ACCESS_FAIL, if that needs no waiting, and returns whether it did."""
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._page = 0x1000  # how far a translation reaches: as far as the last one that came; no IOMMU has smaller pages
+        self._asked: dict[int, float] = {}  # number of a page, and when it was asked for; not answered yet
+        self._starts: list[int] = []
+        self._entries: dict[int, tuple[int, int, int]] = {}  # by IOVA, the oldest first: size, user address, access
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def update(self, iova: int, size: int, user_addr: int, access: int) -> bool:
+        """`size` bytes at the IOVA are those at the user address. Returns whether that replaces something else."""
+        with self._lock:
+            dropped = self._drop(iova, iova + size)
+            self._page = max(0x1000, size & -size)
+            for page in range(iova >> 12, (iova + size - 1 >> 12) + 1) if size <= 1 << 21 else list(self._asked):
+                self._asked.pop(page, None)
+            insort(self._starts, iova)
+            self._entries[iova] = (size, user_addr, access)
+            while len(self._entries) > self.LIMIT:
+                oldest = next(iter(self._entries))
+                self._drop(oldest, oldest + 1)
+            return any(entry != (iova, size, user_addr, access) for entry in dropped)
+
+    def invalidate(self, iova: int, size: int) -> None:
+        """What is known of these `size` bytes is no longer so."""
+        with self._lock:
+            self._drop(iova, iova + size)
+
+    def _drop(self, start: int, end: int) -> list[tuple[int, int, int, int]]:
+        """Forget all translations that have a byte in that range, and return them."""
+        starts = self._starts
+        first, last = bisect_right(starts, start), bisect_left(starts, end)
+        if first and starts[first - 1] + self._entries[starts[first - 1]][0] > start:
+            first -= 1
+        dropped = [(iova, *self._entries.pop(iova)) for iova in starts[first:last]]
+        del starts[first:last]
+        return dropped
+
+    def find(self, iova: int) -> tuple[int, int, int, int] | None:
+        """The translation that has this IOVA: its first IOVA, size, user address and access."""
+        position = bisect_right(self._starts, iova) - 1
+        if position >= 0:
+            start = self._starts[position]
+            size, user_addr, access = self._entries[start]
+            if iova - start < size:
+                return start, size, user_addr, access
+        return None
+
+    def translate(self, iova: int, length: int, access: int) -> list[tuple[int, int]]:
+        """(user address, length) of the pieces that `length` bytes at the IOVA consist of.
+
+        Raises IotlbMiss when some are not known, after asking for them, and GuestMemoryError when `access` is not allowed there."""
+        if iova + length > ADDRESS_LIMIT:
+            raise GuestMemoryError(f"{length:#x} bytes at IOVA {iova:#x} leave the address space")
+        found: list[tuple[int, int]] = []
+        missing: list[int] = []
+        at, end = iova, iova + length
+        with self._lock:
+            while at < end and len(missing) < self.MOST_ASKED:
+                entry = self.find(at)
+                if entry is None:
+                    missing.append(at)
+                    at = (at | self._page - 1) + 1
+                    continue
+                start, size, user_addr, allowed = entry
+                if access & ~allowed:
+                    self._tell(self.ACCESS_FAIL, at, access)
+                    raise GuestMemoryError(f"IOVA {at:#x} is mapped with access {allowed}, and {access} is wanted (1: read, 2: write)")
+                user_addr += at - start
+                piece = min(end, start + size) - at
+                if found and sum(found[-1]) == user_addr:
+                    found[-1] = (found[-1][0], found[-1][1] + piece)
+                else:
+                    found.append((user_addr, piece))
+                at += piece
+            if missing:
+                raise IotlbMiss(missing[-1] if self._ask(missing, access) else None)
+        return found
+
+    def _ask(self, missing: list[int], access: int) -> bool:
+        """Tell the front-end of misses, unless an answer is on its way already. Returns whether all could be told: where many others are waiting
+        there, one of those will be answered first."""
+        now, asked = time.monotonic(), self._asked
+        for iova in missing:
+            page = iova >> 12
+            if now < asked.get(page, -self.ASK_AGAIN) + self.ASK_AGAIN:
+                continue
+            if not self._tell(self.MISS, iova, access):
+                return False
+            asked.pop(page, None)
+            if len(asked) >= self.LIMIT:
+                del asked[next(iter(asked))]
+            asked[page] = now
+        return True
+
+
+class IovaMemory:
+    """Guest memory by IOVAs: `memory` as an `iotlb` shows it.
+
+    Every method that takes an address raises IotlbMiss where a translation is missing, after asking the front-end for it, and GuestMemoryError
+    where what is wanted is not allowed or not in RAM.
+    """
+
+    def __init__(self, memory: GuestMemoryMmap, iotlb: Iotlb) -> None:
+        self._memory = memory
+        self._iotlb = iotlb
+
+    def views(self, iova: int, length: int, access: int = ACCESS_READ | ACCESS_WRITE) -> list[memoryview]:
+        """`length` bytes at the IOVA, in as many views as it takes."""
+        return [view for piece in self._iotlb.translate(iova, length, access) for view in self._memory.user_views(*piece)]
+
+    def view(self, iova: int, length: int, access: int = ACCESS_READ | ACCESS_WRITE) -> memoryview:
+        """The same as one view, also when the pages lie apart: then they are mapped once more, side by side."""
+        parts = self.views(iova, length, access)
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def read(self, iova: int, length: int) -> bytes:
+        """A copy of `length` bytes."""
+        return b"".join(self.views(iova, length, ACCESS_READ))
+
+    def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` to the IOVA."""
+        _copy_into(self.views(iova, len(data), ACCESS_WRITE), data)
+
+    def find_region(self, iova: int) -> None:
+        """None: what is next to an IOVA may be anywhere."""
+        return
+
+    def guest_ranges(self, view: memoryview) -> list[tuple[int, int]]:
+        """As `GuestMemoryMmap.guest_ranges`."""
+        return self._memory.guest_ranges(view)
+
+    def guest_pieces(self, iova: int, length: int) -> list[tuple[int, int]]:
+        """(guest address, length) of all that `length` bytes at the IOVA consist of."""
+        return [found for view in self.views(iova, length, 0) for found in self._memory.guest_ranges(view)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,19 @@ if BUNDLE and sys.modules.get("vhost_user") is not sys.modules.get("vring", sys)
 
 if TYPE_CHECKING or BUNDLE or not __package__:
     import vhost_user
-    from guest_memory import MAX_REGIONS, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, atomic_or
+    from guest_memory import (
+        MAX_REGIONS,
+        DirtyLog,
+        Fence,
+        GuestMemoryAtomic,
+        GuestMemoryError,
+        GuestMemoryMmap,
+        GuestRegionMmap,
+        Iotlb,
+        IotlbMiss,
+        IovaMemory,
+        atomic_or,
+    )
     from vhost_user import (
         BACKEND_REQUESTS,
         FEATURES,
@@ -83,6 +95,7 @@ if TYPE_CHECKING or BUNDLE or not __package__:
         Frontend,
         FrontendQueue,
         Inflight,
+        IotlbMessage,
         Listener,
         Log,
         MemReg,
@@ -118,7 +131,19 @@ if TYPE_CHECKING or BUNDLE or not __package__:
     )
 else:
     from . import vhost_user
-    from .guest_memory import MAX_REGIONS, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap, atomic_or
+    from .guest_memory import (
+        MAX_REGIONS,
+        DirtyLog,
+        Fence,
+        GuestMemoryAtomic,
+        GuestMemoryError,
+        GuestMemoryMmap,
+        GuestRegionMmap,
+        Iotlb,
+        IotlbMiss,
+        IovaMemory,
+        atomic_or,
+    )
     from .vhost_user import (
         BACKEND_REQUESTS,
         FEATURES,
@@ -138,6 +163,7 @@ else:
         Frontend,
         FrontendQueue,
         Inflight,
+        IotlbMessage,
         Listener,
         Log,
         MemReg,
@@ -199,7 +225,7 @@ BRIM = 2**64 - 2
 """The most an eventfd counts to: the next write blocks."""
 
 F_NEXT, F_WRITE, F_INDIRECT = 1, 2, 4
-INDIRECT, EVENT_IDX, PROTOCOL, VERSION_1, PACKED, IN_ORDER, RING_RESET = (1 << bit for bit in (28, 29, 30, 32, 34, 35, 40))
+INDIRECT, EVENT_IDX, PROTOCOL, VERSION_1, ACCESS_PLATFORM, PACKED, IN_ORDER, RING_RESET = (1 << bit for bit in (28, 29, 30, 32, 33, 34, 35, 40))
 
 
 def wait_until(condition: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
@@ -2553,6 +2579,7 @@ EXAMPLES: dict[str, bytes] = {
     "SEND_RARP": b"\x52\x54\x00\x12\x34\x56\0\0",
     "NET_SET_MTU": u64(1500),
     "SET_BACKEND_REQ_FD": b"",
+    "IOTLB_MSG": IotlbMessage(0, PAGE, 0x100000, 3, Iotlb.UPDATE).pack(),
     "SET_VRING_ENDIAN": pair(0, 1),
     "GET_CONFIG": Config(0, 0, bytes(8)).pack(),
     "SET_CONFIG": Config(0, 0, b"new").pack(),
@@ -3258,6 +3285,31 @@ class EachRequestTests(WireTest):
             for beside in PF(0), PF.REPLY_ACK, PF.BACKEND_REQ:
                 with self.rejected(served, "INBAND_NOTIFICATIONS without", protocol_features=0) as peer:
                     peer.send(16, u64(int(PF.INBAND_NOTIFICATIONS | beside)))
+
+    def test_iotlb_msg(self) -> None:
+        """Answered in any case, REPLY_ACK or not: QEMU waits for it."""
+        device = Whole()
+        device.iommu = True
+        update = (0, PAGE, 0x100000, 3, Iotlb.UPDATE)
+        with self.serving(device) as served, served.peer(features=PROTOCOL | VERSION_1) as peer:
+            peer.msg("IOTLB_MSG", IotlbMessage(*update).pack(), expect=u64(1))
+            self.expect_log("VIRTIO_F_ACCESS_PLATFORM is not negotiated")
+        with self.serving(device) as served, served.peer(features=PROTOCOL | VERSION_1 | ACCESS_PLATFORM) as peer:
+            peer.msg("IOTLB_MSG", IotlbMessage(*update).pack(), expect=u64(1))
+            self.expect_log("lie in no region")
+            peer.msg("ADD_MEM_REG", EXAMPLES["ADD_MEM_REG"], fds=[self.memory_fd])
+            for flags in 1, 9:
+                peer.msg("IOTLB_MSG", IotlbMessage(*update).pack(), flags=flags, expect=u64(0))
+                peer.msg("IOTLB_MSG", IotlbMessage(0, 1 << 64 - 1, 0, 0, Iotlb.INVALIDATE).pack(), flags=flags, expect=u64(0))
+            for wrong, why in (
+                ((0, 0, 0x100000, 3, Iotlb.UPDATE), "nothing, or more"),
+                (((1 << 64) - PAGE, 2 * PAGE, 0x100000, 3, Iotlb.UPDATE), "nothing, or more"),
+                ((0, 8 * PAGE, 0x100000, 3, Iotlb.UPDATE), "lie in no region"),
+                ((0, PAGE, 0x100000, 3, Iotlb.MISS), "neither an update"),
+                ((0, PAGE, 0x100000, 3, 9), "neither an update"),
+            ):
+                peer.msg("IOTLB_MSG", IotlbMessage(*wrong).pack(), expect=u64(1))
+                self.expect_log(why)
 
     def test_set_vring_endian(self) -> None:
         with self.serving(Whole()) as served, served.peer(protocol_features=PF.REPLY_ACK) as peer:
@@ -4236,6 +4288,288 @@ class MemoryChangeTests(DaemonTest):
                 self.assertEqual(queue.wait(PATIENCE), [(None, 4)])
 
 
+class IotlbTests(CoreTest):
+    """The cache of translations by itself."""
+
+    def test_like_a_dictionary_of_bytes(self) -> None:
+        """Random updates, invalidations and look-ups give what a translation of each single page would."""
+        with self.seeded() as choice:
+            asked: list[int] = []
+            iotlb = Iotlb(lambda kind, iova, access: asked.append(iova >> 12) or True)
+            iotlb.ASK_AGAIN = 0.0
+            iotlb.update(1 << 40, PAGE, 0, 3)  # pages are small
+            model: dict[int, tuple[int, int]] = {}  # page -> user page, access
+            whole: dict[int, tuple[int, int]] = {}  # page -> the update it came with: first page, pages
+            for _ in range(3000):
+                first, count = choice.randrange(64), choice.choice((1, 1, 2, 8))
+                pages = range(first, first + count)
+                if choice.random() < 0.5:
+                    for page in {p for p in model if {*range(whole[p][0], sum(whole[p]))} & {*pages}}:
+                        del model[page], whole[page]
+                    if choice.random() < 0.5:
+                        user, access = choice.randrange(1 << 20), choice.choice((1, 2, 3))
+                        iotlb.update(first << 12, count << 12, user << 12, access)
+                        iotlb.update(1 << 40, PAGE, 0, 3)
+                        model.update({page: (user + page - first, access) for page in pages})
+                        whole.update(dict.fromkeys(pages, (first, count)))
+                    else:
+                        iotlb.invalidate(first << 12, count << 12)
+                    continue
+                start, end = (first << 12) + choice.randrange(PAGE), ((first + count) << 12) - choice.randrange(PAGE)
+                access = choice.choice((1, 2, 3))
+                asked.clear()
+                try:
+                    found = iotlb.translate(start, max(0, end - start), access)
+                except IotlbMiss:
+                    self.assertEqual(asked, [page for page in range(start >> 12, -(-end >> 12)) if page not in model])
+                except GuestMemoryError:
+                    self.assertTrue(any(access & ~model[page][1] for page in pages if page in model))
+                else:
+                    bytes_found = [user + n for user, length in found for n in range(0, length, 512)]
+                    self.assertEqual([user >> 12 for user in bytes_found][:1], [model[first][0]] if end > start else [])
+                    self.assertEqual(sum(length for _, length in found), max(0, end - start))
+                    for page in range(first, (end - 1 >> 12) + 1) if end > start else ():
+                        at = max(start, page << 12) - start
+                        for user, length in found:
+                            if at < length:
+                                self.assertEqual((user + at) >> 12, model[page][0])
+                                break
+                            at -= length
+            self.assertEqual(len(iotlb), len(set(whole.values())) + 1)
+
+    def test_bounded(self) -> None:
+        """The oldest translation goes first."""
+        iotlb = Iotlb(lambda kind, iova, access: True)
+        iotlb.LIMIT = 8
+        for page in range(20):
+            iotlb.update(page * PAGE, PAGE, 0, 3)
+        self.assertEqual([page for page in range(20) if iotlb.find(page * PAGE)], [*range(12, 20)])
+
+    def test_asked_once_until_answered(self) -> None:
+        asked: list[int] = []
+        iotlb = Iotlb(lambda kind, iova, access: asked.append(iova) or len(asked) != 2)
+        for _ in range(3):
+            with self.assertRaises(IotlbMiss):
+                iotlb.translate(PAGE, 1, 1)
+        self.assertEqual(asked, [PAGE])
+        for _ in range(2):  # the second could not be told, and is tried again
+            with self.assertRaises(IotlbMiss):
+                iotlb.translate(5 * PAGE, 1, 1)
+        self.assertEqual(asked, [PAGE, 5 * PAGE, 5 * PAGE])
+        iotlb.update(0, 4 * PAGE, 0, 3)
+        iotlb.invalidate(0, 1 << 64)
+        with self.assertRaises(IotlbMiss):
+            iotlb.translate(16 * PAGE, 6 * PAGE, 1)  # pages may be four times as large: two of those
+        self.assertEqual(asked[3:], [16 * PAGE, 20 * PAGE])
+        del asked[3:]
+        with self.assertRaises(IotlbMiss):
+            iotlb.translate(PAGE, 1, 1)
+        self.assertEqual(asked[3:], [PAGE])
+
+    def test_hostile_length(self) -> None:
+        """4 GiB of nothing are not asked for page by page, and what leaves the address space is refused."""
+        asked: list[int] = []
+        iotlb = Iotlb(lambda kind, iova, access: asked.append(iova) or True)
+        with self.assertRaises(IotlbMiss):
+            iotlb.translate(0, (1 << 32) - 1, 1)
+        self.assertEqual(len(asked), iotlb.MOST_ASKED)
+        with self.raises(GuestMemoryError, "leave the address space"):
+            iotlb.translate((1 << 64) - 1, 2, 1)
+
+    def test_pages_that_lie_apart_are_one_view(self) -> None:
+        ram = GuestMemoryMmap.from_ranges([(RAM, 8 * PAGE)])
+        user = ram.regions[0].user_addr
+        iotlb = Iotlb(lambda kind, iova, access: True)
+        space = IovaMemory(ram, iotlb)
+        for page, at in enumerate((6, 2, 3, 0)):
+            iotlb.update(page * PAGE, PAGE, user + at * PAGE, 3)
+        mappings = mapping_count()
+        view = space.view(100, 4 * PAGE - 200)
+        self.assertEqual(len(space.views(100, 4 * PAGE - 200)), 3)  # pages 2 and 3 stand together
+        view[PAGE - 100] = 7
+        view[0] = 9
+        self.assertEqual((ram.read(RAM + 2 * PAGE, 1), ram.read(RAM + 6 * PAGE + 100, 1)), (b"\7", b"\11"))
+        ram.write(RAM, b"back")
+        self.assertEqual(bytes(view[3 * PAGE - 100 : 3 * PAGE - 96]), b"back")
+        self.assertGreater(mapping_count(), mappings)
+        view.release()
+        self.assertEqual(mapping_count(), mappings)
+        iotlb.update(9 * PAGE, PAGE // 2, user, 3)
+        iotlb.update(9 * PAGE + PAGE // 2, PAGE // 2, user + 3 * PAGE, 3)
+        with self.raises(GuestMemoryError, "do not meet at pages"):
+            space.view(9 * PAGE, PAGE)
+        self.assertEqual(mapping_count(), mappings)
+
+
+class IommuTests(DaemonTest):
+    """Devices behind the guest's IOMMU (VIRTIO_F_ACCESS_PLATFORM): rings and buffers by IOVA."""
+
+    IOVAS = 0x7000_0000_0000
+
+    @contextlib.contextmanager
+    def behind(self, device: Echo, packed: bool = False, tables: bool = False, rings: int = 1) -> Iterator[tuple[Frontend, list[FrontendQueue]]]:
+        """Rings that start and have nothing translated yet. IOVAs of RAM are in the opposite order of its pages, each a translation."""
+        device.iommu = True
+        with self.serving(device) as served, served.connect() as frontend:
+            frontend.negotiate(VERSION_1 | ACCESS_PLATFORM | packed << 34 | tables << 28)
+            ram = GuestMemoryMmap.from_ranges([(RAM, 64 * PAGE)])
+            frontend.share_memory(ram)
+            for page in range(64):
+                frontend.map_iova(self.IOVAS + page * PAGE, PAGE, RAM + (63 - page) * PAGE)
+            space = IovaMemory(ram, frontend.iommu)
+            kind: type[DriverQueue] = PackedDriverQueue if packed else SplitDriverQueue
+            queues = []
+            for index in range(rings):
+                at = self.IOVAS + (4 + 20 * index) * PAGE
+                _, (desc, driver, device_area) = kind.layout(256)
+                areas = (at + desc, at + driver, at + device_area)
+                if not packed:
+                    self.assertGreater(len(space.views(areas[0], 16 * 256 + 600)), 1)
+                queues.append(frontend.start_queue(index, kind(space, 256, areas, frontend.features, at + 4 * PAGE if tables else None)))
+            frontend.arena = (self.IOVAS + 50 * PAGE, 14 * PAGE)
+            self.space = space
+            try:
+                yield frontend, queues
+            finally:
+                del self.space
+
+    def ping(self, frontend: Frontend, queue: FrontendQueue, data: bytes, at: int) -> None:
+        """Data at an IOVA, its answer two pages on."""
+        self.space.write(at, data)
+        queue.submit([(at, len(data))], [(at + 2 * PAGE, len(data))], data)
+        self.assertEqual(queue.wait(PATIENCE), [(data, len(data))])
+        self.assertEqual(self.space.read(at + 2 * PAGE, len(data)), data[::-1])
+
+    def test_rings_and_buffers_by_iova(self) -> None:
+        """Translations that are missing are asked for; areas and buffers may consist of pages that lie anywhere."""
+        for packed, tables in itertools.product((False, True), (False, True)):
+            with self.subTest(packed=packed, tables=tables), self.behind(Echo(), packed, tables) as (frontend, [queue]):
+                for number in range(600):
+                    self.ping(frontend, queue, b"%d across pages" % number, frontend.arena[0] + PAGE - 1 - number % 16)
+
+    def test_translation_that_ends(self) -> None:
+        """From the answer to INVALIDATE on nothing is done by the old translation, which a parsed chain had been remembered with."""
+        for packed, tables in itertools.product((False, True), (False, True)):
+            with self.subTest(packed=packed, tables=tables), self.behind(Echo(), packed, tables) as (frontend, [queue]):
+                at = frontend.arena[0]
+                for number in range(40):
+                    self.ping(frontend, queue, b"number %02d" % number, at)
+                    frontend.unmap_iova(at, 3 * PAGE)
+                    old = RAM + PAGE * (number % 2)
+                    frontend.memory.write(old + 2 * PAGE, bytes(16))
+                    for page in range(3):
+                        frontend.map_iova(at + page * PAGE, PAGE, RAM + PAGE * (2 * page + number % 2))
+                self.assertGreater(len(frontend.iommu), 60)
+
+    def test_ring_whose_own_translation_ends(self) -> None:
+        """It pauses, asks, and goes on elsewhere."""
+        for packed in False, True:
+            with self.subTest(packed=packed), self.behind(Echo(), packed) as (frontend, [queue]):
+                at = frontend.arena[0]
+                for size in PAGE, 1 << 63, PAGE:
+                    self.ping(frontend, queue, b"before", at)
+                    frontend.request("IOTLB_MSG", IotlbMessage(queue.driver.areas[0] & -PAGE if size == PAGE else 0, size, 0, 0, Iotlb.INVALIDATE))
+                    self.ping(frontend, queue, b"after", at)
+
+    def test_a_miss_blocks_only_its_ring(self) -> None:
+        device = Echo()
+        with self.behind(device, rings=2) as (frontend, [first, second]):
+            at = frontend.arena[0]
+            self.ping(frontend, first, b"first", at)
+            self.ping(frontend, second, b"second", at + 4 * PAGE)
+            nowhere = 0x6000_0000_0000
+            first.submit([(nowhere, 4)], [], "stuck")
+            for number in range(100):
+                self.ping(frontend, second, b"%d" % number, at + 4 * PAGE)
+                first.kick()
+            self.stays(first)
+            processed = device.processed
+            self.stays(first)
+            self.assertEqual(device.processed, processed, "it spins")
+            frontend.map_iova(nowhere & -PAGE, PAGE, RAM)
+            frontend.request("IOTLB_MSG", IotlbMessage(nowhere, PAGE, frontend.user_addr(RAM), 3, Iotlb.UPDATE))
+            self.assertEqual(first.wait(PATIENCE), [("stuck", 0)])
+            stopped = frontend.stop_queue(second)
+            self.assertEqual(stopped, 101)
+
+    def test_access_that_is_not_allowed(self) -> None:
+        """The chain comes back, nothing is written, and the front-end is told."""
+        with self.behind(Echo()) as (frontend, [queue]):
+            at = frontend.arena[0]
+            self.ping(frontend, queue, b"ping", at)
+            frontend.unmap_iova(at + 2 * PAGE, PAGE)
+            frontend.map_iova(at + 2 * PAGE, PAGE, RAM + PAGE, vhost_user.ACCESS_READ)
+            queue.submit([(at, 4)], [(at + 2 * PAGE, 4)], "to read-only memory")
+            self.assertEqual(queue.wait(PATIENCE), [("to read-only memory", 0)])
+            self.assertEqual(frontend.memory.read(RAM + PAGE, 4), bytes(4))
+            self.expect_log("is mapped with access 1, and 2 is wanted")
+            request = frontend.next_backend_request()
+            self.assertEqual((request.name, request.payload), ("IOTLB_MSG", IotlbMessage(at + 2 * PAGE, 0, 0, 2, Iotlb.ACCESS_FAIL)))
+
+    def test_front_end_that_does_not_read_misses(self) -> None:
+        """Nothing waits for it: it may be waiting for an answer of ours. What could not be told is told later."""
+        with self.behind(Echo()) as (frontend, [queue]):
+            self.ping(frontend, queue, b"ping", frontend.arena[0])
+            channel, nowhere = frontend.channel, 0x6000_0000_0000
+            assert channel
+            for number in range(2):
+                pages = [nowhere + (1000 * number + page) * PAGE for page in range(12 * 64)]
+                queue.submit([(iova, 64 * PAGE) for iova in pages[::64]], [], number)
+                for iova in pages:
+                    frontend.map_iova(iova, PAGE, RAM)
+                wait_until(lambda: is_readable(channel.socket), "a miss")
+                frontend.request("IOTLB_MSG", IotlbMessage(nowhere, PAGE, 0, 0, Iotlb.INVALIDATE))
+            done: list[object] = []
+            while len(done) < 2:
+                done += [token for token, _ in queue.wait(PATIENCE)]
+            self.assertEqual(done, [0, 1])
+
+    def test_stops_while_a_translation_is_missing(self) -> None:
+        """A ring that cannot even be placed, and one whose chain waits: both stop, and start again where they were."""
+        with self.behind(Echo(), rings=2) as (frontend, [first, second]):
+            self.assertEqual(frontend.stop_queue(second), 0)
+            self.ping(frontend, first, b"ping", frontend.arena[0])
+            first.submit([(0x6000_0000_0000, 4)], [], "stuck")
+            driver = first.driver
+            self.assertEqual(frontend.stop_queue(first), 1)
+            frontend.map_iova(0x6000_0000_0000, PAGE, RAM)
+            again = frontend.start_queue(0, driver, base=1)
+            self.assertEqual(again.wait(PATIENCE), [("stuck", 0)])
+
+    def test_no_channel_to_ask(self) -> None:
+        """Without BACKEND_REQ nothing works that is not told beforehand, and the log says why."""
+        device = Echo()
+        device.iommu = True
+        with self.serving(device) as served, served.connect() as frontend:
+            frontend.negotiate(VERSION_1 | ACCESS_PLATFORM, ~PF.BACKEND_REQ)
+            rig = Rig(frontend, share=True)
+            queue = frontend.start_queue(0, rig.driver())
+            self.expect_log("gave no channel to ask for it")
+            frontend.request("IOTLB_MSG", IotlbMessage(RAM, 1 << 20, frontend.user_addr(RAM), 3, Iotlb.UPDATE))
+            self.echo(frontend, queue)
+
+    def test_log_has_the_pages_where_they_are(self) -> None:
+        """Dirty logging is by guest address: of buffers, and of the used ring, whatever address the front-end gave for its log."""
+        for packed in False, True:
+            with self.subTest(packed=packed), self.behind(Echo(), packed) as (frontend, [queue]):
+                log = GuestMemoryMmap.from_ranges([(0, 64 << 10)])
+                frontend.request("SET_LOG_BASE", Log(64 << 10, 0), [log.regions[0].fileno()])
+                at = frontend.arena[0]
+                self.ping(frontend, queue, b"ping", at)
+                areas = queue.driver.areas
+                frontend.request("SET_VRING_ADDR", VringAddr(0, VringAddr.LOG_USED, areas[0], areas[2], areas[1], 0))
+                frontend.request("SET_FEATURES", U64(frontend.features | 1 << 26))
+                self.ping(frontend, queue, b"ping", at)
+                view = log.view(0, 64 << 10)
+                frontend.stop_queue(queue)
+                marked = {8 * n + bit for n, byte in enumerate(view) for bit in range(8) if byte >> bit & 1}
+                used = areas[0] if packed else areas[2]
+                written = {self.IOVAS + 52 * PAGE, used & -PAGE, used + (0 if packed else 2000) & -PAGE}
+                if packed:
+                    written.add(areas[2] & -PAGE)
+                self.assertEqual(marked, {(RAM >> 12) + 63 - (iova - self.IOVAS) // PAGE for iova in written})
+
+
 class EventfdTests(DaemonTest):
     """The peer's descriptors: they stay as they are, and nobody hangs on them."""
 
@@ -4791,6 +5125,19 @@ class ChannelTests(DaemonTest):
     def test_every_row_has_its_test(self) -> None:
         names = {name.removesuffix("_MSG").lower() for name in BACKEND_REQUESTS}
         self.assertEqual({name for name in names if not hasattr(self, f"test_{name}")}, set(), "requests of the back-end without a test here")
+
+    def test_iotlb(self) -> None:
+        """Misses and failures, with what is wanted; they are not waited for."""
+        device = Whole()
+        device.iommu = True
+        with self.connected(device, features=Frontend.RING_FEATURES | ACCESS_PLATFORM) as frontend:
+            assert device.channel
+            frontend.answer_misses()
+            self.assertTrue(device.channel.iotlb(Iotlb.MISS, 0x12345000, 1))
+            self.assertEqual(frontend.next_backend_request().payload, IotlbMessage(0x12345000, 0, 0, 1, Iotlb.MISS))
+            wait_until(lambda: not device.channel or not device.channel.iotlb(Iotlb.ACCESS_FAIL, 0, 2), "the front-end's socket to be full")
+            self.assertEqual(frontend.next_backend_request().payload, IotlbMessage(0, 0, 0, 2, Iotlb.ACCESS_FAIL))
+            self.assertTrue(device.channel.iotlb(Iotlb.ACCESS_FAIL, 0, 2))
 
     @contextlib.contextmanager
     def whole(self, **setup: Any) -> Iterator[tuple[Whole, BackendChannel, Frontend]]:

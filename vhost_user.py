@@ -62,16 +62,23 @@ from uuid import UUID
 
 if TYPE_CHECKING or not __package__:
     from guest_memory import (
+        ACCESS_READ,
+        ACCESS_WRITE,
         MAX_REGIONS,
+        AddressSpace,
         DirtyLog,
         GuestMemoryAtomic,
         GuestMemoryError,
         GuestMemoryMmap,
         GuestRegionMmap,
+        Iotlb,
+        IotlbMiss,
+        IovaMemory,
         map_shared,
         survive_truncation,
     )
     from vring import (
+        VIRTIO_F_ACCESS_PLATFORM,
         VIRTIO_F_EVENT_IDX,
         VIRTIO_F_IN_ORDER,
         VIRTIO_F_INDIRECT_DESC,
@@ -94,16 +101,23 @@ if TYPE_CHECKING or not __package__:
     )
 else:
     from .guest_memory import (
+        ACCESS_READ,
+        ACCESS_WRITE,
         MAX_REGIONS,
+        AddressSpace,
         DirtyLog,
         GuestMemoryAtomic,
         GuestMemoryError,
         GuestMemoryMmap,
         GuestRegionMmap,
+        Iotlb,
+        IotlbMiss,
+        IovaMemory,
         map_shared,
         survive_truncation,
     )
     from .vring import (
+        VIRTIO_F_ACCESS_PLATFORM,
         VIRTIO_F_EVENT_IDX,
         VIRTIO_F_IN_ORDER,
         VIRTIO_F_INDIRECT_DESC,
@@ -475,6 +489,28 @@ class Log(Payload):
 
 
 @dataclass(frozen=True)
+class IotlbMessage(Payload):
+    """A translation of I/O virtual addresses, or its end; or, from the back-end, one that is missing or does not suffice ("An IOTLB message").
+
+    access  what is allowed, or wanted: ACCESS_READ, ACCESS_WRITE or both
+    kind    MISS, UPDATE, INVALIDATE or ACCESS_FAIL of `Iotlb`
+    """
+
+    LAYOUT: ClassVar = struct.Struct("=QQQBB6x")
+    iova: int
+    size: int
+    user_addr: int
+    access: int
+    kind: int
+
+    def __str__(self) -> str:
+        kind = {Iotlb.MISS: "miss", Iotlb.UPDATE: "update", Iotlb.INVALIDATE: "invalidate", Iotlb.ACCESS_FAIL: "access fail"}.get(
+            self.kind, self.kind
+        )
+        return f"{kind}: {self.size:#x} bytes at IOVA {self.iova:#x}, user {self.user_addr:#x}, access {self.access}"
+
+
+@dataclass(frozen=True)
 class Config(Payload):
     """A part of the device's config space ("Virtio device config space")."""
 
@@ -748,6 +784,7 @@ _ROWS = (
     Request(19, "SEND_RARP", Mac, gate=_PF.RARP),
     Request(20, "NET_SET_MTU", U64, gate=_PF.MTU),
     Request(21, "SET_BACKEND_REQ_FD", fds=(1, 1), gate=_PF.BACKEND_REQ),
+    Request(22, "IOTLB_MSG", IotlbMessage, reply=U64, failed=U64(1)),
     Request(23, "SET_VRING_ENDIAN", VringStatePayload, gate=_PF.CROSS_ENDIAN),
     Request(24, "GET_CONFIG", Config, reply=Config, gate=_PF.CONFIG, failed=Empty()),
     Request(25, "SET_CONFIG", Config, gate=_PF.CONFIG),
@@ -770,6 +807,7 @@ _ROWS = (
     Request(45, "GET_VRING_BASE_SKIP_DRAIN", VringStatePayload, reply=VringStatePayload, gate=_PF.GET_VRING_BASE_SKIP_DRAIN),
 )
 _BACKEND_ROWS = (
+    Request(1, "IOTLB_MSG", IotlbMessage),
     Request(2, "CONFIG_CHANGE_MSG", gate=_PF.CONFIG),
     Request(3, "VRING_HOST_NOTIFIER_MSG", VringArea, fds=(0, 1), gate=_PF.HOST_NOTIFIER),
     Request(4, "VRING_CALL", VringStatePayload, gate=_PF.INBAND_NOTIFICATIONS),
@@ -937,6 +975,12 @@ class Connection:
         if not ready:
             raise TimeoutError("the peer is silent")
 
+    def readable(self) -> bool:
+        """Whether there is something to receive, be it the end."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(0))
+
     def peer_gone(self) -> bool:
         """Whether the peer has closed the connection, or the interrupt came."""
         poll = select.poll()
@@ -945,13 +989,13 @@ class Connection:
             poll.register(self._interrupt, select.POLLIN)
         return bool(poll.poll(0))
 
-    def send(self, request: int, flags: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+    def send(self, request: int, flags: int, payload: bytes = b"", fds: Sequence[int] = (), patience: float | None = None) -> None:
         """Send one message; `fds` stay the caller's.
 
-        Raises Disconnected when the peer is gone, TimeoutError when it doesn't read."""
+        Raises Disconnected when the peer is gone, TimeoutError when it doesn't read for `patience` (SEND_TIMEOUT) seconds."""
         data = memoryview(HEADER.pack(request, VERSION | flags, len(payload)) + payload)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
-        deadline = time.monotonic() + self.SEND_TIMEOUT
+        deadline = time.monotonic() + (self.SEND_TIMEOUT if patience is None else patience)
         with self._sending:
             while data:
                 try:
@@ -1067,6 +1111,11 @@ class BackendChannel:
 
     # For the session
 
+    def iotlb(self, kind: int, iova: int, access: int) -> bool:
+        """A translation is missing, or does not allow what is wanted (IOTLB_MSG): the answer is an update. Returns whether it could be told at
+        once: the ring's worker must not wait for a front-end that may be waiting for that ring."""
+        return self._send("IOTLB_MSG", 0, IotlbMessage(iova, 0, 0, access, kind), (), patience=0.0)
+
     def notify(self, name: str, index: int) -> None:
         """A ring's call or err in a message (VRING_CALL, VRING_ERR). Waits until the front-end has taken it, but in the control thread."""
         self._tell(name, VringStatePayload(index, 0), wait=threading.get_ident() != self._control)
@@ -1107,7 +1156,7 @@ class BackendChannel:
         with answer:
             return answer.payload == bytes(8)
 
-    def _send(self, name: str, flags: int, payload: Payload, fds: Sequence[int]) -> bool:
+    def _send(self, name: str, flags: int, payload: Payload, fds: Sequence[int], patience: float | None = None) -> bool:
         row = BACKEND_REQUESTS[name]
         missing = (row.gate | (_PF.BACKEND_SEND_FD if fds else 0)) & ~self._protocol_features()
         with self._sending:
@@ -1116,9 +1165,9 @@ class BackendChannel:
                 return False
             log.debug("-> %s %s", name, payload)
             try:
-                self._connection.send(row.number, flags, payload.pack(), fds)
+                self._connection.send(row.number, flags, payload.pack(), fds, patience)
             except (VhostUserError, OSError) as error:
-                log.warning("%s could not be sent: %s", name, error)
+                log.log(logging.DEBUG if patience == 0 else logging.WARNING, "%s could not be sent: %s", name, error)
                 return False
         return True
 
@@ -1166,6 +1215,8 @@ class VhostUserBackend:
     withheld_protocol_features   likewise
     config              config space: bytes, or a ctypes structure, or None when the front-end owns it
     drafts              whether to offer `DRAFTS` as well: protocol features whose numbers may change yet
+    iommu               whether to offer VIRTIO_F_ACCESS_PLATFORM: the guest may have the device behind an IOMMU. Not for everybody: User-mode
+                        Linux takes the bit and then cannot use the device
     """
 
     num_queues: int = 1
@@ -1176,6 +1227,7 @@ class VhostUserBackend:
     withheld_protocol_features: int = 0
     config: bytes | bytearray | ctypes.Structure | None = None
     drafts: bool = False
+    iommu: bool = False
 
     _channel: BackendChannel | None = None
     _transfer: _Transfer | None = None
@@ -1344,7 +1396,7 @@ class VhostUserBackendMut(VhostUserBackend):
 
 
 def _offered_features(backend: VhostUserBackend) -> int:
-    return backend.features | FEATURES & ~backend.withheld_features
+    return backend.features | backend.iommu << VIRTIO_F_ACCESS_PLATFORM | FEATURES & ~backend.withheld_features
 
 
 def _offered_protocol_features(backend: VhostUserBackend) -> int:
@@ -1644,6 +1696,7 @@ class _Session:
         self._suspended = True  # no ring is started
         self._tracked = 0  # rings whose in-flight chains are recorded
         self._shmem_config: ShmemConfig | None = None
+        self._iotlb: Iotlb | None = None
 
     def run(self) -> None:
         """Serve the connection to its end. Raises ProtocolError, Disconnected, InterruptedError; whatever it is, rings are stopped and
@@ -1732,6 +1785,7 @@ class _Session:
             vring.set_queue_features(payload.value)
             if not payload.value >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
                 vring.set_enabled(True)  # there is no SET_VRING_ENABLE then (vhost-user, "Ring states")
+        self._switch_iommu(bool(payload.value >> VIRTIO_F_ACCESS_PLATFORM & 1))
         self._switch_log()
         self._call(self._backend.acked_features, payload.value)
         self._call(self._backend.set_event_idx, bool(payload.value >> VIRTIO_F_EVENT_IDX & 1))
@@ -1818,6 +1872,51 @@ class _Session:
             self._place(index)
         self._call(self._backend.update_memory, self._memory)
 
+    # IOMMU
+
+    def _switch_iommu(self, wanted: bool) -> None:
+        """Ring addresses and those of chains are IOVAs, or are not."""
+        if wanted != (self._iotlb is not None):
+            self._iotlb = Iotlb(self._tell_iotlb) if wanted else None
+            for index, vring in enumerate(self._vrings):
+                vring.set_iotlb(self._iotlb)
+                self._place(index)
+
+    def _tell_iotlb(self, kind: int, iova: int, access: int) -> bool:
+        if self._channel:
+            return self._channel.iotlb(kind, iova, access)
+        log.error("IOVA %#x has no translation, and the front-end gave no channel to ask for it (SET_BACKEND_REQ_FD)", iova)
+        return False
+
+    def _iotlb_msg(self, payload: IotlbMessage, message: Message) -> Payload:
+        if self._iotlb is None:
+            raise Refused("VIRTIO_F_ACCESS_PLATFORM is not negotiated")
+        if payload.kind == Iotlb.UPDATE:
+            self._update_iotlb(self._iotlb, payload)
+        elif payload.kind == Iotlb.INVALIDATE:
+            self._iotlb.invalidate(payload.iova, payload.size)
+            self._forget(payload)
+        else:
+            raise Refused(f"neither an update ({Iotlb.UPDATE}) nor an invalidation ({Iotlb.INVALIDATE})")
+        return U64(0)
+
+    def _update_iotlb(self, iotlb: Iotlb, payload: IotlbMessage) -> None:
+        if not payload.size or payload.iova + payload.size > 1 << 64:
+            raise Refused("nothing, or more than the address space")
+        self._memory.memory().user_to_guest(payload.user_addr, payload.size)
+        if iotlb.update(payload.iova, payload.size, payload.user_addr, payload.access):
+            self._forget(payload)
+        for index, vring in enumerate(self._vrings):
+            if vring.placed:
+                vring.retry(payload.iova, payload.size)
+            else:
+                self._place(index)
+
+    def _forget(self, payload: IotlbMessage) -> None:
+        for index, vring in enumerate(self._vrings):
+            if vring.forget(payload.iova, payload.size):
+                self._place(index)
+
     # Dirty log
 
     def _set_log_base(self, payload: Log, message: Message) -> Payload:
@@ -1876,11 +1975,14 @@ class _Session:
         if address is None:
             return
         vring.set_used_log(address.log if address.flags & VringAddr.LOG_USED else None)
-        translate = self._memory.memory().user_to_guest
+        areas = (address.descriptor, address.available, address.used)
         try:
-            vring.set_queue_info(translate(address.descriptor), translate(address.available), translate(address.used))
+            if self._iotlb is None:
+                desc, available, used = map(self._memory.memory().user_to_guest, areas)
+                areas = (desc, available, used)
+            vring.set_queue_info(*areas)
             vring.set_queue_ready(True)
-        except GuestMemoryError as error:
+        except (GuestMemoryError, IotlbMiss) as error:
             vring.set_queue_ready(False)
             log.debug("ring %d has no place in guest memory now: %s", index, error)
 
@@ -2036,6 +2138,7 @@ class _Session:
             self._stop_ring(index)
             vring.reset()
             vring.set_queue_features(self._features)
+            vring.set_iotlb(self._iotlb)
         self._addresses = [None] * len(self._vrings)
         self._switch_log()
         self._status = 0
@@ -2381,7 +2484,8 @@ class FrontendQueue:
         os.eventfd_write(self.kick_fd, 1)
 
     def wait(self, timeout: float = 10.0) -> list[tuple[object, int]]:
-        """What the device has used, at least one element: the tokens of `submit`, and the lengths that the device told.
+        """What the device has used, at least one element: the tokens of `submit`, and the lengths that the device told. What it asks about
+        translations meanwhile is answered.
 
         Raises TimeoutError, VringError when the device signals that the ring is broken, Disconnected when it has gone."""
         deadline = time.monotonic() + timeout
@@ -2389,7 +2493,12 @@ class FrontendQueue:
         for fd in self.call_fd, self.err_fd:
             poll.register(fd, select.POLLIN)
         poll.register(self._frontend.connection.socket, select.POLLRDHUP)
+        channel = self._frontend.channel if self._frontend.has_iommu else None
+        if channel:
+            poll.register(channel.socket, select.POLLIN)
         while True:
+            if channel:
+                self._frontend.answer_misses()
             with suppress(BlockingIOError):
                 os.eventfd_read(self.call_fd)
             self.driver.enable_notification()
@@ -2450,6 +2559,8 @@ class Frontend:
         self.shared_objects: dict[UUID, int] = {}  # what the back-end may look up: file descriptors, the caller's
         self.exported: set[UUID] = set()  # what the back-end has added
         self.maps: list[ShmemMap] = []  # what it has mapped
+        self.iommu = Iotlb(lambda kind, iova, access: False)  # the guest's translations, which the back-end is told when it misses them
+        self._early: list[BackendMessage] = []  # received, and not yet given to anybody
 
     @classmethod
     def connect(cls, path: str | os.PathLike[str], timeout: float = TIMEOUT) -> Frontend:
@@ -2550,6 +2661,9 @@ class Frontend:
     def next_backend_request(self, timeout: float = TIMEOUT) -> BackendMessage:
         """The back-end's next request to us, answered if it asks for that: shared objects are looked up in `shared_objects`, maps are kept in
         `maps`. Raises TimeoutError, ProtocolError, Disconnected."""
+        return self._early.pop(0) if self._early else self._receive_backend_request(timeout)
+
+    def _receive_backend_request(self, timeout: float) -> BackendMessage:
         if self.channel is None:
             raise ProtocolError("BACKEND_REQ was not negotiated")
         with self.channel.receive(timeout) as message:
@@ -2566,7 +2680,14 @@ class Frontend:
 
     def _answer(self, payload: Payload, row: Request) -> tuple[int, Sequence[int]]:
         """What a request of the back-end is answered with: 0 or an error, and a file descriptor where one goes with it."""
-        if isinstance(payload, ShmemMap):
+        if isinstance(payload, IotlbMessage):
+            known = self.iommu.find(payload.iova)
+            if payload.kind != Iotlb.MISS or known is None:
+                return 1, ()
+            iova, size, user_addr, access = known
+            user_addr = self.user_addr(self.memory.user_to_guest(user_addr))
+            self.request("IOTLB_MSG", IotlbMessage(iova, size, user_addr, access, Iotlb.UPDATE))
+        elif isinstance(payload, ShmemMap):
             same = [other for other in self.maps if other.covers(payload)]
             if row.name == "SHMEM_UNMAP":
                 self.maps = [other for other in self.maps if other not in same]
@@ -2613,13 +2734,39 @@ class Frontend:
             raise ValueError(f"guest address {guest_addr:#x} is not in RAM")
         return self._base(region) + guest_addr - region.guest_addr
 
+    # IOMMU
+
+    @property
+    def has_iommu(self) -> bool:
+        """Whether rings and buffers are given by IOVAs (VIRTIO_F_ACCESS_PLATFORM)."""
+        return bool(self.features >> VIRTIO_F_ACCESS_PLATFORM & 1)
+
+    def map_iova(self, iova: int, size: int, guest_addr: int, access: int = ACCESS_READ | ACCESS_WRITE) -> None:
+        """From here on `size` bytes at the IOVA are those at the guest address. The back-end is told when it asks. Raises ValueError outside RAM."""
+        region = self.memory.find_region(guest_addr)
+        if region is None:
+            raise ValueError(f"guest address {guest_addr:#x} is not in RAM")
+        self.iommu.update(iova, size, region.user_addr + guest_addr - region.guest_addr, access)
+
+    def unmap_iova(self, iova: int, size: int) -> None:
+        """End the translations that have one of these bytes, here and in the back-end (IOTLB_MSG)."""
+        self.iommu.invalidate(iova, size)
+        self.request("IOTLB_MSG", IotlbMessage(iova, size, 0, 0, Iotlb.INVALIDATE))
+
+    def answer_misses(self) -> None:
+        """Answer what the back-end has asked about translations. `next_backend_request` gives what else there is."""
+        while self.channel and self.channel.readable():
+            request = self._receive_backend_request(self.TIMEOUT)
+            if not isinstance(request.payload, IotlbMessage) or request.payload.kind != Iotlb.MISS:
+                self._early.append(request)
+
     # Rings
 
     def start_queue(self, index: int, driver: DriverQueue, base: int = 0, enable: bool = True) -> FrontendQueue:
         """Start ring `index` with this driver side, whose memory is shared already."""
         queue = FrontendQueue(self, index, driver)
         self.queues.append(queue)
-        desc, available, used = map(self.user_addr, driver.areas)
+        desc, available, used = driver.areas if self.has_iommu else map(self.user_addr, driver.areas)
         self.request("SET_VRING_NUM", VringStatePayload(index, driver.size))
         self.request("SET_VRING_BASE", VringStatePayload(index, base))
         if driver.big_endian:
@@ -2749,7 +2896,7 @@ class Frontend:
         guest_addr: int = 1 << 30,
     ) -> list[FrontendQueue]:
         """Negotiate, share `memory` bytes of RAM at `guest_addr`, start and enable `queues` rings of `size` entries. `arena` is
-        what is left of the RAM.
+        what is left of the RAM. With VIRTIO_F_ACCESS_PLATFORM, IOVAs are guest addresses.
 
         Raises ProtocolError when packed rings are wanted and the back-end does not offer them."""
         self.negotiate(features | packed << VIRTIO_F_RING_PACKED, protocol_features)
@@ -2757,6 +2904,10 @@ class Frontend:
             raise ProtocolError("the back-end does not offer packed rings")
         ram = GuestMemoryMmap.from_ranges([(guest_addr, memory)])
         self.share_memory(ram)
+        space: AddressSpace = ram
+        if self.has_iommu:
+            self.map_iova(guest_addr, memory, guest_addr)
+            space = IovaMemory(ram, self.iommu)
         kind: type[DriverQueue] = PackedDriverQueue if packed else SplitDriverQueue
         tables = indirect and bool(self.features >> VIRTIO_F_INDIRECT_DESC & 1)
         at = guest_addr
@@ -2764,7 +2915,7 @@ class Frontend:
             length, offsets = kind.layout(size)
             desc, driver, device = (at + offset for offset in offsets)
             at += -(-length // 4096) * 4096
-            driver_side = kind(ram, size, (desc, driver, device), self.features, at if tables else None)
+            driver_side = kind(space, size, (desc, driver, device), self.features, at if tables else None)
             at += size * kind.TABLE_BYTES if tables else 0
             self.start_queue(index, driver_side)
         self.arena = (at, guest_addr + memory - at)
@@ -2807,7 +2958,9 @@ def run_device(
     if parsed.socket_path is None and passed is None:
         parser.error("one of --socket-path and --fd is needed")
     try:
-        daemon = VhostUserDaemon(kind, build(parsed))
+        device = build(parsed)
+        device.iommu |= parsed.iommu
+        daemon = VhostUserDaemon(kind, device)
         _install_signals(daemon)
         survive_truncation()
         gc.freeze()  # what is there now stays: the collector need not look at it again
@@ -2832,6 +2985,7 @@ def _parser(kind: str, options: Callable[[argparse.ArgumentParser], object] | No
     where.add_argument("--fd", type=int, metavar="FDNUM", help="use this file descriptor: a socket that listens, or one that is connected")
     parser.add_argument("--client", action="store_true", help="connect to --socket-path, where the front-end listens")
     parser.add_argument("--reconnect", action="store_true", help="with --client: go on trying, also after the front-end has left")
+    parser.add_argument("--iommu", action="store_true", help="offer VIRTIO_F_ACCESS_PLATFORM: the device may be behind an IOMMU of the guest's")
     parser.add_argument("--print-capabilities", action="store_true", help="tell what this program can do, as JSON, and end")
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"), help="debug shows each message")
     if options:

@@ -31,15 +31,39 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import chain as concatenate
 from typing import TYPE_CHECKING, Any, ContextManager, Literal, Protocol
 
 if TYPE_CHECKING or not __package__:
-    from guest_memory import STRONGLY_ORDERED, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap
+    from guest_memory import (
+        ACCESS_READ,
+        ACCESS_WRITE,
+        STRONGLY_ORDERED,
+        AddressSpace,
+        DirtyLog,
+        Fence,
+        GuestMemoryAtomic,
+        GuestMemoryError,
+        Iotlb,
+        IotlbMiss,
+        IovaMemory,
+    )
 else:
-    from .guest_memory import STRONGLY_ORDERED, DirtyLog, Fence, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap
+    from .guest_memory import (
+        ACCESS_READ,
+        ACCESS_WRITE,
+        STRONGLY_ORDERED,
+        AddressSpace,
+        DirtyLog,
+        Fence,
+        GuestMemoryAtomic,
+        GuestMemoryError,
+        Iotlb,
+        IotlbMiss,
+        IovaMemory,
+    )
 
 __all__ = [
     "DescriptorChain",
@@ -52,6 +76,7 @@ __all__ = [
     "SplitDriverQueue",
     "SplitQueue",
     "TurnLock",
+    "VIRTIO_F_ACCESS_PLATFORM",
     "VIRTIO_F_IN_ORDER",
     "VIRTIO_F_INDIRECT_DESC",
     "VIRTIO_F_EVENT_IDX",
@@ -74,6 +99,7 @@ log = logging.getLogger("vhost_user")
 VIRTIO_F_INDIRECT_DESC = 28  # bit numbers of virtio 1.3 §6
 VIRTIO_F_EVENT_IDX = 29
 VIRTIO_F_VERSION_1 = 32
+VIRTIO_F_ACCESS_PLATFORM = 33
 VIRTIO_F_RING_PACKED = 34
 VIRTIO_F_IN_ORDER = 35
 VIRTIO_F_RING_RESET = 40
@@ -471,27 +497,30 @@ class Queue(_Ring, ABC):
     completed    (token, length) of chains that are done and not yet published; any thread may append
     taken        chains taken so far
     malformed    chains that were refused so far
+    stalled      what the next chain waits for, if its addresses have no translation yet
     """
 
     _MEMO_LIMIT = 2048  # parsed chains kept of each kind; about 1 KiB each
 
     def __init__(
         self,
-        memory: GuestMemoryMmap,
+        memory: AddressSpace,
         size: int,
         areas: tuple[int, int, int],
         features: int,
         complaint: Callable[[str], None],
         big_endian: bool = False,
     ) -> None:
-        """`areas` are the guest addresses of descriptor table or ring, driver area and device area; `big_endian`: the driver is a legacy one of
-        such a guest. Raises GuestMemoryError when an area is not in RAM, VringError for a size or alignment that the format does not have."""
+        """`areas` are the addresses in `memory` of descriptor table or ring, driver area and device area; `big_endian`: the driver is a legacy one
+        of such a guest. Raises GuestMemoryError when an area is not in RAM, IotlbMiss when it may be, VringError for a size or alignment that the
+        format does not have."""
         self._check_size(size)
         super().__init__(big_endian)
         self.size = size
         self.outstanding = 0
         self.taken = 0
         self.malformed = 0
+        self.stalled: IotlbMiss | None = None
         self.completed: list[tuple[int, int]] = []
         self.event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
         self.in_order = bool(features >> VIRTIO_F_IN_ORDER & 1)
@@ -505,27 +534,36 @@ class Queue(_Ring, ABC):
         self.log_used_at: int | None = None  # where the log has the used ring; None: that is not logged
         self.move(memory, areas)
 
-    def move(self, memory: GuestMemoryMmap, areas: tuple[int, int, int]) -> None:
+    def move(self, memory: AddressSpace, areas: tuple[int, int, int]) -> None:
         """Go on in another snapshot of guest memory, or at other addresses; the ring's state stays. Raises as the constructor does."""
+        self._extents: list[tuple[int, int]] = []
         self._map(memory, *areas)
-        self._areas = areas
         self._memory = memory
-        self._forget()
+        self._written = (
+            [piece for extent in self._device_written() for piece in memory.guest_pieces(*extent)] if isinstance(memory, IovaMemory) else []
+        )
+        self._spans = [slice(at, at + _DESCRIPTOR_SIZE) for at in range(0, self.size * _DESCRIPTOR_SIZE, _DESCRIPTOR_SIZE)]
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Translate all addresses of chains anew from here on."""
         self._ram = (0, 0, memoryview(b""))  # the region that was used last: guest address, size, view
         self._learning = True
         self._misses = self._taken_before = 0
         self._direct: dict[bytes, DescriptorChain] = {}
         self._by_table: dict[bytes, DescriptorChain] = {}
         self._tables: dict[bytes, tuple[int, memoryview]] = {}  # by the descriptor's bytes: token, table
-        self._spans = [slice(at, at + _DESCRIPTOR_SIZE) for at in range(0, self.size * _DESCRIPTOR_SIZE, _DESCRIPTOR_SIZE)]
 
-    def _area(self, memory: GuestMemoryMmap, address: int, length: int, alignment: int, name: str) -> memoryview:
+    def lies_in(self, address: int, size: int) -> bool:
+        """Whether the ring itself has a byte in that range."""
+        return any(start < address + size and address < start + length for start, length in self._extents)
+
+    def _area(self, memory: AddressSpace, address: int, length: int, alignment: int, access: int, name: str) -> memoryview:
         if address % alignment:
             raise VringError(f"{name} at guest address {address:#x} is not aligned to {alignment}")
+        self._extents.append((address, length))
         try:
-            return memory.view(address, length)
+            return memory.view(address, length, access)
         except GuestMemoryError as error:
             raise GuestMemoryError(f"{name}: {error}") from None
 
@@ -535,7 +573,7 @@ class Queue(_Ring, ABC):
     def _check_size(self, size: int) -> None: ...
 
     @abstractmethod
-    def _map(self, memory: GuestMemoryMmap, desc: int, driver: int, device: int) -> None: ...
+    def _map(self, memory: AddressSpace, desc: int, driver: int, device: int) -> None: ...
 
     @property
     @abstractmethod
@@ -568,6 +606,10 @@ class Queue(_Ring, ABC):
 
     @abstractmethod
     def _publish(self, batch: list[tuple[int, int]]) -> None: ...
+
+    @abstractmethod
+    def _device_written(self) -> list[tuple[int, int]]:
+        """Those of `_extents` that the device writes to."""
 
     @abstractmethod
     def enable_notification(self) -> bool:
@@ -608,9 +650,10 @@ class Queue(_Ring, ABC):
                     self.log.mark(address, length)
 
     def _log_used(self, offset: int, length: int) -> None:
-        """Mark what was written to the used ring (packed: to the device event suppression area)."""
+        """Mark what was written to the used ring (packed: to the device event suppression area). With an IOMMU: all of it, where it lies."""
         if self.log and self.log_used_at is not None:
-            self.log.mark(self.log_used_at + offset, length)
+            for piece in self._written or ((self.log_used_at + offset, length),):
+                self.log.mark(*piece)
 
     def _begin(self) -> None:
         self._signalled: int | None = None
@@ -686,7 +729,7 @@ class Queue(_Ring, ABC):
         if length // _DESCRIPTOR_SIZE > max(self.size, MAX_INDIRECT):
             raise _MalformedChain(f"an indirect table of {length // _DESCRIPTOR_SIZE} descriptors on a queue of {self.size}")
         try:
-            table = self._memory.view(address, length)
+            table = self._memory.view(address, length, ACCESS_READ)
         except GuestMemoryError as error:
             raise _MalformedChain(f"indirect table: {error}") from None
         if len(self._tables) >= self._MEMO_LIMIT:
@@ -695,7 +738,8 @@ class Queue(_Ring, ABC):
         return table
 
     def _chain(self, token: int, content: bytes, first: int | None) -> DescriptorChain:
-        """The chain whose descriptors are `content`, checked: everything in RAM, readable before writable, under 4 GiB.
+        """The chain whose descriptors are `content`, checked: everything in RAM, readable before writable, under 4 GiB. Raises IotlbMiss after all
+        of its missing translations were asked for.
 
         `first`: for split, the index that the first one has in its table; raises _Scrambled when they are not one chain just like this.
         None: packed, where they follow by position."""
@@ -704,6 +748,7 @@ class Queue(_Ring, ABC):
         readable_len = writable_len = 0
         start, size, ram = self._ram
         number = first
+        miss: IotlbMiss | None = None
         for address, length, third, fourth in self._descriptor.iter_unpack(content):
             flags = third if number is not None else fourth
             if flags & DESC_F_INDIRECT:
@@ -713,7 +758,7 @@ class Queue(_Ring, ABC):
             if flags & DESC_F_WRITE:
                 parts = writable
                 writable_len += length
-            elif writable:
+            elif writable_len:
                 raise _MalformedChain("a device-readable descriptor behind a device-writable one")
             else:
                 parts = readable
@@ -722,7 +767,10 @@ class Queue(_Ring, ABC):
             if 0 <= offset <= size - length and length:
                 parts.append(ram[offset : offset + length])
             else:
-                parts += self._elsewhere(address, length)
+                try:
+                    parts += self._elsewhere(address, length, ACCESS_READ if parts is readable else ACCESS_WRITE)
+                except IotlbMiss as one:
+                    miss = one
                 start, size, ram = self._ram
             if number is not None:
                 if not flags & DESC_F_NEXT:
@@ -733,14 +781,16 @@ class Queue(_Ring, ABC):
         else:
             if number is not None:
                 raise _Scrambled
+        if miss:
+            raise miss
         if readable_len + writable_len >= _MOST_BYTES:
             raise _MalformedChain(f"{readable_len + writable_len:#x} bytes in one chain")
         return DescriptorChain(token, tuple(readable), tuple(writable), readable_len, writable_len)
 
-    def _elsewhere(self, address: int, length: int) -> tuple[memoryview, ...]:
+    def _elsewhere(self, address: int, length: int, access: int) -> list[memoryview]:
         """The views of a buffer that is not in the region that was used last."""
         try:
-            parts = tuple(self._memory.views(address, length))
+            parts = self._memory.views(address, length, access)
         except GuestMemoryError as error:
             raise _MalformedChain(str(error)) from None
         region = self._memory.find_region(address)
@@ -756,14 +806,17 @@ class SplitQueue(Queue):
         if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
             raise VringError(f"a split queue of {size} entries: must be a power of two up to {MAX_QUEUE_SIZE}")
 
-    def _map(self, memory: GuestMemoryMmap, desc: int, avail: int, used: int) -> None:
+    def _map(self, memory: AddressSpace, desc: int, avail: int, used: int) -> None:
         size = self.size
-        self._desc = self._area(memory, desc, 16 * size, 16, "descriptor table")
-        self._avail = self._area(memory, avail, 6 + 2 * size, 2, "available ring").cast("H")
-        self._used = self._area(memory, used, 6 + 8 * size, 4, "used ring")
+        self._desc = self._area(memory, desc, 16 * size, 16, ACCESS_READ, "descriptor table")
+        self._avail = self._area(memory, avail, 6 + 2 * size, 2, ACCESS_READ, "available ring").cast("H")
+        self._used = self._area(memory, used, 6 + 8 * size, 4, ACCESS_WRITE, "used ring")
         self._used16 = self._used.cast("H")
         self._used_event = 2 + size
         self._avail_event = 2 + 4 * size
+
+    def _device_written(self) -> list[tuple[int, int]]:
+        return self._extents[2:]
 
     @property
     def used_index(self) -> int:
@@ -796,11 +849,12 @@ class SplitQueue(Queue):
         return 1
 
     def available(self) -> bool:
-        return self._load(self._avail, 1) != self._next_avail or bool(self._again)
+        return (not self.stalled and self._load(self._avail, 1) != self._next_avail) or bool(self._again)
 
     def take(self, limit: int) -> list[DescriptorChain]:
         if self._again:
             return self._take_again(limit)
+        self.stalled = None
         avail, swap = self._avail, self._swap
         index = avail[1]
         if swap:
@@ -852,6 +906,9 @@ class SplitQueue(Queue):
                 self._reject(head, reason)
                 rejected += 1
                 continue
+            except IotlbMiss as miss:
+                self.stalled = None if taken else miss
+                break
             chain._holder = self
             chain._read_at = chain._write_at = 0
             append(chain)
@@ -996,12 +1053,15 @@ class PackedQueue(Queue):
         if not 0 < size <= MAX_QUEUE_SIZE:
             raise VringError(f"a packed queue of {size} entries: must be 1 to {MAX_QUEUE_SIZE}")
 
-    def _map(self, memory: GuestMemoryMmap, desc: int, driver: int, device: int) -> None:
-        self._desc = self._area(memory, desc, 16 * self.size, 16, "descriptor ring")
+    def _map(self, memory: AddressSpace, desc: int, driver: int, device: int) -> None:
+        self._desc = self._area(memory, desc, 16 * self.size, 16, ACCESS_READ | ACCESS_WRITE, "descriptor ring")
         self._flags = self._desc.cast("H")
         self._words = self._desc.cast("Q")
-        self._driver_event = self._area(memory, driver, 4, 4, "driver event suppression").cast("H")
-        self._device_event = self._area(memory, device, 4, 4, "device event suppression").cast("H")
+        self._driver_event = self._area(memory, driver, 4, 4, ACCESS_READ, "driver event suppression").cast("H")
+        self._device_event = self._area(memory, device, 4, 4, ACCESS_WRITE, "device event suppression").cast("H")
+
+    def _device_written(self) -> list[tuple[int, int]]:
+        return self._extents[::2]
 
     @property
     def used_index(self) -> int:
@@ -1060,11 +1120,13 @@ class PackedQueue(Queue):
 
     def available(self) -> bool:
         flags = self._load(self._flags, 8 * self._next_avail + 7)
-        return flags & PACKED_F_BOTH == (PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED) or bool(self._again)
+        waiting = flags & PACKED_F_BOTH == (PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED)
+        return (waiting and not self.stalled) or bool(self._again)
 
     def take(self, limit: int) -> list[DescriptorChain]:
         if self._again:
             return self._take_again(limit)
+        self.stalled = None
         flags, desc, spans = self._flags, self._desc, self._spans
         tables, direct, by_table = self._tables, self._direct, self._by_table
         inflight = self._inflight
@@ -1103,6 +1165,9 @@ class PackedQueue(Queue):
                     if taken:
                         break
                     token, refusal = self._extent(position), reason
+                except IotlbMiss as miss:
+                    self.stalled = None if taken else miss
+                    break
             count = token >> 16
             if count > room:
                 if taken or rejected:
@@ -1204,7 +1269,8 @@ class PackedQueue(Queue):
             self._fence()
         words[first] = first_value
         if self.log and self.log_used_at is not None:  # the ring itself, which the front-end has no other address for
-            self.log.mark(self._areas[0], 16 * size)
+            for piece in self._written or self._extents[:1]:
+                self.log.mark(*piece)
         self.outstanding -= count
         self._next_used, self._used_wrap = end, end_wrap
         if self._inflight:
@@ -1399,6 +1465,7 @@ class VringState:
         self._lock: NoLock | TurnLock = self._make_lock()
         self._memory = memory
         self._features = 0
+        self._iotlb: Iotlb | None = None
         self._big_endian: bool | None = None  # what SET_VRING_ENDIAN said
         self._size = max_queue_size
         self._base = 0
@@ -1701,14 +1768,43 @@ class VringState:
             self._size = num
 
     def set_queue_info(self, desc_table: int, avail_ring: int, used_ring: int) -> None:
-        """Guest addresses of the descriptor table (or packed ring), the driver area and the device area, in the current memory.
+        """Guest addresses (or IOVAs) of the descriptor table (or packed ring), the driver area and the device area, in the current memory.
 
-        A ring that runs goes on there. Raises GuestMemoryError when an area is not in RAM, VringError when one is misaligned.
+        A ring that runs goes on there. Raises GuestMemoryError when an area is not in RAM, IotlbMiss when a translation is missing, VringError
+        when one is misaligned.
         """
         with self.get_mut():
             self._info = (desc_table, avail_ring, used_ring)
             if self._queue:
-                self._queue.move(self._memory.memory(), self._info)
+                self._queue.move(self._space(), self._info)
+
+    def set_iotlb(self, iotlb: Iotlb | None) -> None:
+        """From here on addresses are IOVAs, which this translates; None: guest addresses. To be followed by `set_queue_info`."""
+        with self.get_mut():
+            self._iotlb = iotlb
+
+    def _space(self) -> AddressSpace:
+        memory = self._memory.memory()
+        return memory if self._iotlb is None else IovaMemory(memory, self._iotlb)
+
+    def forget(self, iova: int, size: int) -> bool:
+        """A translation has gone. Returns whether the ring itself is where it was: then it needs a place again (`set_queue_info`)."""
+        with self.get_mut():
+            if self._queue is None:
+                return False
+            self._queue.forget()
+            return self._queue.lies_in(iova, size)
+
+    def retry(self, iova: int, size: int) -> None:
+        """A translation has come: look at the ring, if it may have waited for that."""
+        stalled = self._queue.stalled if self._queue else None
+        if stalled is None or stalled.answered_by(iova, size):
+            self.wake()
+
+    @property
+    def placed(self) -> bool:
+        """Whether the ring has its place in guest memory, as far as it needs one."""
+        return self._ready and (self._queue is not None or not self.started)
 
     def set_queue_next_avail(self, base: int) -> None:
         """Where to go on (SET_VRING_BASE). Takes effect when the ring starts."""
@@ -1814,7 +1910,7 @@ class VringState:
         with self.get_mut():
             self.stop()
             self.enabled = self._ready = False
-            self.broken = self._info = self._inflight = self._log = self._log_used_at = self._big_endian = None
+            self.broken = self._info = self._inflight = self._log = self._log_used_at = self._iotlb = self._big_endian = None
             self._base = self._features = 0
             self._size = self.max_queue_size
 
@@ -1823,15 +1919,19 @@ class VringState:
         was_active = self.active
         self.active = False
         if self.started and self._ready and self._queue is None and self._info:
-            kind = PackedQueue if self._features >> VIRTIO_F_RING_PACKED & 1 else SplitQueue
-            queue = kind(self._memory.memory(), self._size, self._info, self._features, self.complain, self.byteorder == "big")
-            queue.start(self._base, self._inflight)
-            queue.log, queue.log_used_at = self._log, self._log_used_at
-            self._queue = queue
-            self._completed = queue.completed
+            with suppress(IotlbMiss):  # an update of the IOTLB places it again
+                self._queue = self._make_queue(self._info)
+                self._completed = self._queue.completed
         self.active = self.started and self.enabled and self._ready and self._queue is not None and self.broken is None
         if self.active and not was_active:
             self.wake()
+
+    def _make_queue(self, areas: tuple[int, int, int]) -> Queue:
+        kind = PackedQueue if self._features >> VIRTIO_F_RING_PACKED & 1 else SplitQueue
+        queue = kind(self._space(), self._size, areas, self._features, self.complain, self.byteorder == "big")
+        queue.start(self._base, self._inflight)
+        queue.log, queue.log_used_at = self._log, self._log_used_at
+        return queue
 
     # Eventfds
 
@@ -1929,7 +2029,7 @@ class DriverQueue(_Ring, ABC):
     TABLE_BYTES = 16 * TABLE_ENTRIES
 
     def __init__(
-        self, memory: GuestMemoryMmap, size: int, areas: tuple[int, int, int], features: int = 0, tables: int | None = None, big_endian: bool = False
+        self, memory: AddressSpace, size: int, areas: tuple[int, int, int], features: int = 0, tables: int | None = None, big_endian: bool = False
     ) -> None:
         """`big_endian`: a legacy driver of a big-endian guest."""
         super().__init__(big_endian)

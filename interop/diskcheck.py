@@ -11,7 +11,7 @@ from .guest import Guest
 MIB = 1 << 20
 
 # VIRTIO feature bits as the guest shows them.
-RO, MQ, INDIRECT_DESC, EVENT_IDX, RING_PACKED, IN_ORDER = 5, 12, 28, 29, 34, 35
+RO, MQ, INDIRECT_DESC, EVENT_IDX, ACCESS_PLATFORM, RING_PACKED, IN_ORDER = 5, 12, 28, 29, 33, 34, 35
 
 _FILESYSTEM = """
 set -e

@@ -232,8 +232,11 @@ def accelerator() -> list[str]:
 class QemuGuest(Guest):
     """A guest under QEMU; It runs until `kill`."""
 
-    def __init__(self, machine: Machine, folder: Path, devices: Sequence[Device] = (), *, cpus: int = 1, incoming: bool = False) -> None:
-        """`incoming`: it waits for a migration instead of booting; its commands go to the guest that arrives."""
+    def __init__(
+        self, machine: Machine, folder: Path, devices: Sequence[Device] = (), *, cpus: int = 1, incoming: bool = False, iommu: bool = False
+    ) -> None:
+        """`incoming`: it waits for a migration instead of booting; its commands go to the guest that arrives. `iommu`: the machine has Intel's
+        and the guest uses it, for the devices with `iommu_platform` and `ats`."""
         machine.require()
         kernel = machine.kernel()
         images = [initramfs.elf_kernel(kernel), initramfs.build(kernel.modules)]
@@ -247,10 +250,14 @@ class QemuGuest(Guest):
             *("-m", "512M", "-smp", str(cpus), *machine.options()),
             *("-kernel", str(images[0]), "-initrd", str(images[1])),
             # init_on_alloc=0: else the guest itself dirties each page just before a device writes to it, and a lost dirty log goes unnoticed.
-            *("-append", "console=ttyS0 agent=/dev/ttyS1 loglevel=5 nokaslr mitigations=off hung_task_panic=0 init_on_alloc=0"),
+            *(
+                "-append",
+                "console=ttyS0 agent=/dev/ttyS1 loglevel=5 nokaslr mitigations=off hung_task_panic=0 init_on_alloc=0" + iommu * " intel_iommu=on",
+            ),
             *("-chardev", f"file,id=console,path={console},append=on", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=agent,fd={agent_far.fileno()}", "-serial", "chardev:agent"),
             *("-chardev", f"socket,id=qmp,fd={qmp_far.fileno()}", "-qmp", "chardev:qmp"),
+            *(["-device", "intel-iommu,device-iotlb=on"] if iommu else []),  # before all that is to be behind it
             *("-device", "pcie-root-port,id=port0,slot=1", "-device", "pcie-root-port,id=port1,slot=2"),
             *(word for device in devices for word in device.command_line()),
             *(["-incoming", "defer"] if incoming else []),

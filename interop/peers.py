@@ -99,6 +99,8 @@ class Disk:
     read_only: bool = False
     num_queues: int = 1
     packed: bool = True  # whether packed rings may be offered
+    iommu: bool = False
+    log_level: str = "warning"
 
 
 # User-mode Linux takes every feature that it is offered, so split rings there are for the device to ask for.
@@ -110,7 +112,13 @@ def _our_disk(disk: Disk, socket: Path) -> list[str]:
         missing("devices/blk.py is missing")
     program = ["-m", "devices.blk"] if disk.packed else ["-c", WITHOUT_PACKED]
     argv = [sys.executable, *program, "--socket-path", str(socket), "--blk-file", str(disk.image)]
-    return [*argv, f"--num-queues={disk.num_queues}", *(["--read-only"] if disk.read_only else [])]
+    return [
+        *argv,
+        f"--num-queues={disk.num_queues}",
+        *(["--read-only"] if disk.read_only else []),
+        *(["--iommu"] if disk.iommu else []),
+        f"--log-level={disk.log_level}",
+    ]
 
 
 def storage_daemon(disk: Disk, socket: Path, *, aio: str = "io_uring") -> list[str]:
