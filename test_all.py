@@ -531,9 +531,9 @@ class Whole(Echo):
 class Served:
     """A daemon that serves a device at a socket."""
 
-    def __init__(self, device: VhostUserBackend, path: str, vring: type[VringState] = VringMutex) -> None:
+    def __init__(self, device: VhostUserBackend, path: str, vring: type[VringState] = VringMutex, poll_us: int = 0) -> None:
         self.path = path
-        self.daemon = VhostUserDaemon("test", device, vring=vring)
+        self.daemon = VhostUserDaemon("test", device, vring=vring, poll_us=poll_us)
         self.daemon.start(path)
 
     def connect(self) -> Frontend:
@@ -572,10 +572,10 @@ class DaemonTest(CoreTest):
     """A test with a daemon."""
 
     @contextlib.contextmanager
-    def serving(self, device: VhostUserBackend, vring: type[VringState] = VringMutex) -> Iterator[Served]:
+    def serving(self, device: VhostUserBackend, vring: type[VringState] = VringMutex, poll_us: int = 0) -> Iterator[Served]:
         """The device, served at a socket; in the end the daemon is shut down, and the socket gone."""
         with tempfile.TemporaryDirectory(prefix="vhost-user-") as folder:
-            served = Served(device, f"{folder}/sock", vring)
+            served = Served(device, f"{folder}/sock", vring, poll_us)
             try:
                 yield served
             finally:
@@ -584,9 +584,11 @@ class DaemonTest(CoreTest):
             self.assertEqual(os.listdir(folder), [], "the socket is left over")
 
     @contextlib.contextmanager
-    def connected(self, device: VhostUserBackend, queues: int = 1, vring: type[VringState] = VringMutex, **setup: Any) -> Iterator[Frontend]:
+    def connected(
+        self, device: VhostUserBackend, queues: int = 1, vring: type[VringState] = VringMutex, poll_us: int = 0, **setup: Any
+    ) -> Iterator[Frontend]:
         """A front-end that has done all that a VMM does until the device can be used."""
-        with self.serving(device, vring) as served, served.connect() as frontend:
+        with self.serving(device, vring, poll_us) as served, served.connect() as frontend:
             setup.setdefault("memory", 4 << 20)
             setup.setdefault("size", 64)
             frontend.setup(queues, **setup)
@@ -4003,6 +4005,71 @@ class RingStateTests(DaemonTest):
             device.complete()
             with frontend.connection.receive(PATIENCE) as answer:
                 self.assertEqual(answer.payload, u64(0))
+
+
+class PollingTests(DaemonTest):
+    """A worker that looks at its rings for a while before it sleeps."""
+
+    LONG = 10**7  # µs: it does not sleep in a test
+
+    def test_no_notification_is_wanted_while_it_polls(self) -> None:
+        for packed in False, True:
+            with self.subTest(packed=packed), self.connected(Echo(), poll_us=self.LONG, packed=packed, indirect=False) as frontend:
+                [queue] = frontend.queues
+                self.echo(frontend, queue)  # after which it slept
+                self.echo(frontend, queue)  # not for long: from here on it pays
+                wait_until(lambda: not self.wants_kick(frontend), "the device to poll")
+                for _ in range(100):
+                    at, size = frontend.arena
+                    queue.driver.add([(at, 4)], [(at + size // 2, 4)], "unkicked")
+                    self.assertFalse(queue.driver.publish())
+                    self.assertEqual(queue.wait(PATIENCE), [("unkicked", 4)])
+
+    def wants_kick(self, frontend: Frontend) -> bool:
+        """Whether the device asks for a notification of the next chain; then it gets one."""
+        [queue] = frontend.queues
+        at, size = frontend.arena
+        queue.driver.add([(at, 4)], [(at + size // 2, 4)], "asking")
+        wanted = queue.driver.publish()
+        if wanted:
+            queue.kick()
+        self.assertEqual(queue.wait(PATIENCE), [("asking", 4)])
+        return wanted
+
+    def test_everything_else_goes_on_meanwhile(self) -> None:
+        """Another ring, a listener, messages, completions from elsewhere, and the end."""
+        device = Later()
+        with self.connected(device, 2, poll_us=self.LONG, indirect=False) as frontend:
+            first, second = frontend.queues
+            at, size = frontend.arena
+            for number in range(50):
+                queue = (first, second)[number // 3 % 2]
+                queue.submit([(at, 4)], [(at + size // 2, 4)], number)
+                device.holds(1)
+                device.complete()
+                self.assertEqual(queue.wait(PATIENCE), [(number, 4)])
+                frontend.request("GET_FEATURES")
+            self.assertEqual([frontend.stop_queue(first), frontend.stop_queue(second)], [26, 24])
+
+    def test_it_sleeps_when_polling_does_not_pay(self) -> None:
+        """After a pause longer than the longest poll it does not poll at all the next time."""
+        with self.serving(Echo(), poll_us=20_000) as served, served.connect() as frontend:
+            frontend.setup(memory=4 << 20, size=64)
+            [queue] = frontend.queues
+            [worker] = served.daemon.get_epoll_handlers()
+            self.echo(frontend, queue)
+            wait_until(lambda: self.window(frontend, queue, worker) > 0, "it to poll")
+            time.sleep(0.05)
+            self.echo(frontend, queue)
+            self.assertEqual(worker._window, 0)
+
+    def window(self, frontend: Frontend, queue: FrontendQueue, worker: vhost_user.VringEpollHandler) -> float:
+        self.echo(frontend, queue)
+        return worker._window
+
+    def test_what_cannot_be(self) -> None:
+        with self.raises(ValueError, "polling for -1"):
+            VhostUserDaemon("test", Echo(), poll_us=-1)
 
 
 class DirtyLogTests(DaemonTest):

@@ -1441,7 +1441,9 @@ class VringEpollHandler:
 
     _POLLED_PAUSE = 0.001  # seconds between looks at an idle ring that has no kick eventfd
 
-    def __init__(self, name: str, backend: VhostUserBackend, calls: TurnLock | NoLock, vrings: Sequence[VringState], thread_id: int) -> None:
+    def __init__(
+        self, name: str, backend: VhostUserBackend, calls: TurnLock | NoLock, vrings: Sequence[VringState], thread_id: int, poll_us: int = 0
+    ) -> None:
         self.vrings = vrings
         self.thread_id = thread_id
         self._backend = backend
@@ -1457,8 +1459,14 @@ class VringEpollHandler:
         self._listeners: dict[int, int] = {}  # fd -> the device's data
         self._pending: set[int] = set()  # positions to look at, kick or no kick
         self._polled: set[int] = set()  # positions of started rings without kick eventfd
+        self._longest_poll = poll_us / 1e6  # seconds
+        self._window = 0.0  # of the next poll
+        self._asleep_since = 0.0
+        self._seen: list[tuple[int, int]] = []  # events that a poll of a ring came across
         for position, vring in enumerate(vrings):
             vring.wake = self._waker(position)
+            if poll_us:
+                vring.linger = functools.partial(self._linger, position)
         self._thread = threading.Thread(target=self._run, name=f"{name}-worker-{thread_id}", daemon=True)
         self._thread.start()
 
@@ -1519,11 +1527,10 @@ class VringEpollHandler:
     # The thread
 
     def _run(self) -> None:
-        poll = self._epoll.poll
         kicks = self._kicks
         timeout: float | None = None
         while not self._exiting:
-            for fd, evset in poll(timeout):
+            for fd, evset in self._next_events(timeout):
                 position = kicks.get(fd)
                 if position is not None:
                     self._serve(position, evset)
@@ -1536,6 +1543,34 @@ class VringEpollHandler:
                     self._pending.discard(position)
                     self._serve(position, select.EPOLLIN)
             timeout = 0 if self._pending else self._look_at_polled() if self._polled else None
+
+    def _next_events(self, timeout: float | None) -> list[tuple[int, int]]:
+        """What has happened, or happens within `timeout`."""
+        if self._seen:
+            events, self._seen = self._seen, []
+            return events
+        events = self._epoll.poll(timeout)
+        if self._asleep_since:
+            # It would have paid to poll as long as this, or not at all: the next time will be like the last one.
+            slept, self._asleep_since = time.perf_counter() - self._asleep_since, 0.0
+            self._window = self._longest_poll if slept < self._longest_poll else 0.0
+        return events
+
+    _LOOKS = 8  # at the ring, for each one at everything else
+
+    def _linger(self, position: int, ready: Callable[[], bool]) -> bool:
+        """Poll a ring that was emptied, for as long as it seems to pay. Returns whether it is `ready` again; or else there may be other things."""
+        start = time.perf_counter()
+        while time.perf_counter() < start + self._window:
+            for _ in range(self._LOOKS):
+                if ready():
+                    return True
+            # Its own kick says nothing new; to arm notifications because of it would bring the next one.
+            self._seen = [event for event in self._epoll.poll(0) if self._kicks.get(event[0]) != position]
+            if self._seen:
+                return False
+        self._asleep_since = start
+        return False
 
     def _serve(self, position: int, evset: int) -> None:
         vring = self.vrings[position]
@@ -2295,17 +2330,23 @@ class VhostUserDaemon:
 
     _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between attempts to reconnect
 
-    def __init__(self, name: str, backend: VhostUserBackend, mem: GuestMemoryAtomic | None = None, vring: type[VringState] = VringMutex) -> None:
-        """`vring` is the class of rings: VringMutex or VringRwLock. Raises ValueError for a device that cannot be."""
+    def __init__(
+        self, name: str, backend: VhostUserBackend, mem: GuestMemoryAtomic | None = None, vring: type[VringState] = VringMutex, poll_us: int = 0
+    ) -> None:
+        """`vring` is the class of rings: VringMutex or VringRwLock. `poll_us`: how many microseconds a worker at most looks at a ring that it
+        has emptied before it sleeps; it does so only while that pays. Raises ValueError for a device that cannot be."""
         if not issubclass(vring, (VringMutex, VringRwLock)):
             raise ValueError(f"{vring.__name__} has no lock, and a daemon has several threads")
         if not 1 <= backend.num_queues <= 256:
             raise ValueError(f"a device of {backend.num_queues} queues: must be 1 to 256")
+        if poll_us < 0:
+            raise ValueError(f"polling for {poll_us} µs")
         self.name = name
         self.backend = backend
         self.memory = mem or GuestMemoryAtomic()
         self.vrings = [vring(self.memory, backend.max_queue_size, index) for index in range(backend.num_queues)]
         self.calls = TurnLock() if isinstance(backend, VhostUserBackendMut) else NoLock()
+        self._poll_us = poll_us
         self._masks = [mask & (1 << backend.num_queues) - 1 for mask in backend.queues_per_thread()]
         if sum(mask.bit_count() for mask in self._masks) != backend.num_queues or sum(self._masks) != (1 << backend.num_queues) - 1:
             raise ValueError(f"queues_per_thread {self._masks} does not have each of {backend.num_queues} queues once")
@@ -2380,7 +2421,7 @@ class VhostUserDaemon:
             raise RuntimeError(f"daemon {self.name} was started already")
         for thread_id, mask in enumerate(self._masks):
             own = [vring for vring in self.vrings if mask >> vring.index & 1]
-            self._workers.append(VringEpollHandler(self.name, self.backend, self.calls, own, thread_id))
+            self._workers.append(VringEpollHandler(self.name, self.backend, self.calls, own, thread_id, self._poll_us))
         self._places = sorted(
             ((worker, position) for worker in self._workers for position in range(len(worker.vrings))),
             key=lambda place: place[0].vrings[place[1]].index,
@@ -2960,7 +3001,7 @@ def run_device(
     try:
         device = build(parsed)
         device.iommu |= parsed.iommu
-        daemon = VhostUserDaemon(kind, device)
+        daemon = VhostUserDaemon(kind, device, poll_us=parsed.poll_us)
         _install_signals(daemon)
         survive_truncation()
         gc.freeze()  # what is there now stays: the collector need not look at it again
@@ -2985,6 +3026,7 @@ def _parser(kind: str, options: Callable[[argparse.ArgumentParser], object] | No
     where.add_argument("--fd", type=int, metavar="FDNUM", help="use this file descriptor: a socket that listens, or one that is connected")
     parser.add_argument("--client", action="store_true", help="connect to --socket-path, where the front-end listens")
     parser.add_argument("--reconnect", action="store_true", help="with --client: go on trying, also after the front-end has left")
+    parser.add_argument("--poll-us", type=int, default=0, metavar="N", help="look at an emptied ring for up to N µs before sleeping, while that pays")
     parser.add_argument("--iommu", action="store_true", help="offer VIRTIO_F_ACCESS_PLATFORM: the device may be behind an IOMMU of the guest's")
     parser.add_argument("--print-capabilities", action="store_true", help="tell what this program can do, as JSON, and end")
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"), help="debug shows each message")

@@ -1461,6 +1461,7 @@ class VringState:
         self.active = False
         self.broken: str | None = None
         self.wake: Callable[[], None] = lambda: None  # makes the ring's worker look at it
+        self.linger: Callable[[Callable[[], bool]], bool] = lambda ready: False  # polls for a while before the ring's worker would sleep
         self.notify: Callable[[str], object] | None = None  # in place of eventfds that are not there: sends VRING_CALL or VRING_ERR
         self._lock: NoLock | TurnLock = self._make_lock()
         self._memory = memory
@@ -1632,7 +1633,7 @@ class VringState:
     def drain(self, process: Callable[[VringT], object]) -> bool:
         """Let `process` (which iterates over the ring) take all there is, then arm notifications. Returns whether chains are left.
 
-        The order is suppress, process, publish, signal if wanted, re-enable, fence, look again.
+        The order is suppress, process, publish, signal if wanted, poll if the worker does, re-enable, fence, look again.
         """
         armed = False
         for _ in range(self._PASSES):
@@ -1651,13 +1652,18 @@ class VringState:
                 declined = waiting and queue.taken == before  # the device leaves them where they are, until the next kick
                 if declined and armed:
                     return False
-                if declined or not queue.available():
+                if declined or not (queue.available() or self.linger(self._has_work)):
                     if not queue.enable_notification():
                         return False
                     armed = declined  # something came before that: look again, the last time if the device declines
             finally:
                 self._leave()
         return True
+
+    def _has_work(self) -> bool:
+        """Whether chains are available, or completed by somebody who left publishing them to whoever holds the lock."""
+        queue = self._queue
+        return bool(self._completed) or not self.active or (queue is not None and queue.available())
 
     def _flush(self) -> None:
         """Publish what is completed, and notify the driver if it wants that. The lock is held."""
