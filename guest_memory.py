@@ -7,6 +7,7 @@ In reading order:
 - Mappings           shared memory mapped through libc, unmapped when the last view of it dies
 - Truncation         `survive_truncation`: memory whose owner cuts it off does not end the process
 - Order between CPUs `Fence`, the full memory fence; `atomic_or`, the atomic OR on a shared word
+- Page faults        `Userfault`: pages that have not come yet, for postcopy migration
 - Regions            `GuestRegionMmap`: one mapped range of guest addresses
 - Memory             `GuestMemoryMmap`: an immutable set of regions, address translation, reads and writes
 - IOMMU              `Iotlb`, `IovaMemory`: the same memory by I/O virtual addresses
@@ -24,11 +25,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import select
 import signal
 import stat
+import struct
 import sys
 import threading
 import time
@@ -53,6 +56,7 @@ __all__ = [
     "IovaMemory",
     "MAX_REGIONS",
     "STRONGLY_ORDERED",
+    "Userfault",
     "atomic_or",
     "map_shared",
     "survive_truncation",
@@ -324,6 +328,72 @@ def _or_steps(mask: int) -> list[tuple[int, int]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# Page faults
+# ---------------------------------------------------------------------------------------------------------------------------
+
+_SYS_USERFAULTFD = {
+    "x86_64": 323,
+    "aarch64": 282,
+    "riscv64": 282,
+    "loongarch64": 282,
+    "armv7l": 388,
+    "i686": 374,
+    "s390x": 355,
+}.get(platform.machine())
+_UFFDIO_API = 0xC018AA3F  # ioctls of linux/userfaultfd.h, as all these architectures number them
+_UFFDIO_REGISTER = 0xC020AA00
+_UFFD_API = struct.Struct("=QQQ")  # version, features, ioctls
+_UFFD_API_VERSION = 0xAA
+_UFFD_REGISTER = struct.Struct("=QQQQ")  # start, length, mode, ioctls
+_UFFD_MODE_MISSING = 1
+
+
+class Userfault:
+    """A userfaultfd: whoever touches a page of registered memory that is not there yet, in this process, waits until somebody else who has the
+    file descriptor has put it there (vhost-user, "Migration").
+
+    When its last descriptor is closed, everywhere, nobody waits any more: pages that are not there are zeroes then.
+    """
+
+    def __init__(self) -> None:
+        """Raises GuestMemoryError when the kernel has none for us."""
+        flags = os.O_CLOEXEC | os.O_NONBLOCK
+        fd = -1 if _SYS_USERFAULTFD is None else _libc.syscall(ctypes.c_long(_SYS_USERFAULTFD), ctypes.c_int(flags))
+        if fd < 0:
+            code = errno.ENOSYS if _SYS_USERFAULTFD is None else ctypes.get_errno()
+            # One that is for user space alone (UFFD_USER_MODE_ONLY) would not do: system calls read and write guest memory as well.
+            cause = "it needs CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1" if code == errno.EPERM else "does a seccomp filter forbid it?"
+            raise GuestMemoryError(f"no userfaultfd: {os.strerror(code)} ({cause})")
+        self.fd = fd
+        try:
+            fcntl.ioctl(fd, _UFFDIO_API, _UFFD_API.pack(_UFFD_API_VERSION, 0, 0))
+        except OSError as error:
+            self.close()
+            raise GuestMemoryError(f"no userfaultfd: {error}") from None
+
+    def register(self, region: GuestRegionMmap) -> None:
+        """From here on pages of the region that are missing are waited for. Raises GuestMemoryError when the kernel cannot do that."""
+        host = region.host_addr
+        start, length = next((start, length) for start, length in _mappings.items() if start <= host < start + length)
+        try:
+            fcntl.ioctl(self.fd, _UFFDIO_REGISTER, _UFFD_REGISTER.pack(start, length, _UFFD_MODE_MISSING, 0))
+        except OSError as error:
+            raise GuestMemoryError(f"{region} cannot be watched for page faults: {error} (is it a memfd or hugetlbfs?)") from None
+
+    def close(self) -> None:
+        """Close this descriptor; once only matters."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Userfault:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # Regions
 # ---------------------------------------------------------------------------------------------------------------------------
 
@@ -338,7 +408,7 @@ class GuestRegionMmap:
     view          the region's bytes; slices keep the mapping alive
     """
 
-    __slots__ = ("__weakref__", "_file", "guest_addr", "mmap_offset", "size", "user_addr", "view")
+    __slots__ = ("__weakref__", "_file", "_inode", "guest_addr", "mmap_offset", "size", "user_addr", "view")
 
     def __init__(self, fd: int, guest_addr: int, size: int, user_addr: int, mmap_offset: int = 0) -> None:
         """Map the region. `fd` stays the caller's, and may be closed at once.
@@ -353,6 +423,7 @@ class GuestRegionMmap:
         self.user_addr = user_addr
         self.mmap_offset = mmap_offset
         self._file: int | None = None
+        self._inode = _inode(fd)
         try:
             self.view = map_shared(fd, mmap_offset, size)
         except (GuestMemoryError, OSError) as error:
@@ -373,6 +444,11 @@ class GuestRegionMmap:
         weakref.finalize(region, os.close, fd).atexit = False
         return region
 
+    def is_of(self, fd: int, guest_addr: int, size: int, user_addr: int, mmap_offset: int) -> bool:
+        """Whether it is just what the constructor would make of this."""
+        same = (guest_addr, size, user_addr, mmap_offset) == (self.guest_addr, self.size, self.user_addr, self.mmap_offset)
+        return same and _inode(fd) == self._inode
+
     @property
     def host_addr(self) -> int:
         """Where the first byte is mapped in this process."""
@@ -386,6 +462,11 @@ class GuestRegionMmap:
 
     def __str__(self) -> str:
         return f"region of {self.size:#x} bytes at guest {self.guest_addr:#x} (user {self.user_addr:#x}, offset {self.mmap_offset:#x})"
+
+
+def _inode(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

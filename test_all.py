@@ -471,7 +471,7 @@ class Whole(Echo):
     """Has every hook that brings a protocol feature, and the drafts."""
 
     drafts = True
-    protocol_features = PF.HOST_NOTIFIER | PF.INBAND_NOTIFICATIONS | PF.CROSS_ENDIAN
+    protocol_features = PF.HOST_NOTIFIER | PF.INBAND_NOTIFICATIONS | PF.CROSS_ENDIAN | PF.PAGEFAULT
 
     def __init__(self) -> None:
         super().__init__()
@@ -2582,6 +2582,9 @@ EXAMPLES: dict[str, bytes] = {
     "NET_SET_MTU": u64(1500),
     "SET_BACKEND_REQ_FD": b"",
     "IOTLB_MSG": IotlbMessage(0, PAGE, 0x100000, 3, Iotlb.UPDATE).pack(),
+    "POSTCOPY_ADVISE": b"",
+    "POSTCOPY_LISTEN": b"",
+    "POSTCOPY_END": b"",
     "SET_VRING_ENDIAN": pair(0, 1),
     "GET_CONFIG": Config(0, 0, bytes(8)).pack(),
     "SET_CONFIG": Config(0, 0, b"new").pack(),
@@ -3287,6 +3290,47 @@ class EachRequestTests(WireTest):
             for beside in PF(0), PF.REPLY_ACK, PF.BACKEND_REQ:
                 with self.rejected(served, "INBAND_NOTIFICATIONS without", protocol_features=0) as peer:
                     peer.send(16, u64(int(PF.INBAND_NOTIFICATIONS | beside)))
+
+    def postcopy_peer(self, served: Served) -> Peer:
+        """One that has negotiated what the next tests are about."""
+        return served.peer(protocol_features=Peer.WITH_USER_ADDRESSES)
+
+    def test_postcopy_advise(self) -> None:
+        """Its reply brings the userfaultfd. A second one is wrong."""
+        with self.serving(migrating()) as served, served.peer(protocol_features=~PF.PAGEFAULT) as peer:
+            peer.msg("POSTCOPY_ADVISE", expect=CLOSED)
+            self.expect_log("without PAGEFAULT negotiated")
+        with self.serving(migrating()) as served, served.connect() as frontend:
+            frontend.negotiate(VERSION_1)
+            fd = frontend.postcopy_advise()
+            self.assertEqual(os.readlink(f"/proc/self/fd/{fd}"), "anon_inode:[userfaultfd]")
+            os.close(fd)
+            with self.assertRaises(Disconnected):
+                frontend.postcopy_advise()
+            self.expect_log("for the second time")
+
+    def test_postcopy_listen(self) -> None:
+        """After ADVISE, and before there is memory."""
+        with self.serving(migrating()) as served:
+            with self.postcopy_peer(served) as peer:
+                peer.msg("POSTCOPY_LISTEN", expect=CLOSED)
+                self.expect_log("LISTEN without POSTCOPY_ADVISE")
+            with self.postcopy_peer(served) as peer:
+                peer.msg("POSTCOPY_ADVISE", expect=b"")
+                peer.msg("SET_MEM_TABLE", EXAMPLES["SET_MEM_TABLE"], fds=[self.memory_fd])
+                peer.msg("POSTCOPY_LISTEN", expect=REFUSED)
+                self.expect_log("is mapped already")
+                peer.msg("SET_MEM_TABLE", MemTable(()).pack())
+                peer.msg("POSTCOPY_LISTEN")
+
+    def test_postcopy_end(self) -> None:
+        """Answered in any case."""
+        with self.serving(migrating()) as served, self.postcopy_peer(served) as peer:
+            peer.msg("POSTCOPY_END", expect=u64(1))
+            self.expect_log("there was no POSTCOPY_ADVISE")
+            peer.msg("POSTCOPY_ADVISE", expect=b"")
+            for flags in 1, 9:
+                peer.msg("POSTCOPY_END", flags=flags, expect=u64(0) if flags == 1 else u64(1))
 
     def test_iotlb_msg(self) -> None:
         """Answered in any case, REPLY_ACK or not: QEMU waits for it."""
@@ -4635,6 +4679,142 @@ class IommuTests(DaemonTest):
                 if packed:
                     written.add(areas[2] & -PAGE)
                 self.assertEqual(marked, {(RAM >> 12) + 63 - (iova - self.IOVAS) // PAGE for iova in written})
+
+
+def migrating() -> Echo:
+    """A device to which a guest may migrate, and run before its memory has come."""
+    device = Echo()
+    device.postcopy = True
+    return device
+
+
+POSTCOPY_PROGRAM = """
+class Echo(vhost_user.VhostUserBackendMut):
+    def process_queue(self, vring):
+        for chain in vring:
+            vring.add_used(chain, chain.write(chain.read()[::-1]))
+
+sys.exit(vhost_user.run_device("echo", lambda options: Echo()))
+"""
+
+
+class PostcopyTests(DaemonTest):
+    """Guest memory that comes when it is touched (PAGEFAULT). The back-end is a process of its own: a thread that waits for a page may have the
+    interpreter's lock."""
+
+    SIZE = 64 * PAGE
+
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[tuple[Frontend, int, GuestMemoryMmap, GuestMemoryMmap, list[int]]]:
+        """The front-end of a guest that has arrived and none of whose memory has: it, the userfaultfd, memory there and here, and where the
+        back-end has it."""
+        path = f"{self.folder()}/sock"
+        self.path, self.child = path, program(self, POSTCOPY_PROGRAM, "--socket-path", path, "--postcopy")
+        there, here = (GuestMemoryMmap.from_ranges([(RAM, self.SIZE), (RAM + 2 * self.SIZE, self.SIZE)]) for _ in range(2))
+        with Frontend.connect(path) as frontend:
+            frontend.negotiate(VERSION_1)
+            fd = frontend.postcopy_advise()
+            try:
+                frontend.request("POSTCOPY_LISTEN")
+                bases = frontend.share_for_postcopy(here)
+                frontend.ready_for_faults()
+                yield frontend, fd, there, here, bases
+            finally:
+                os.close(fd)
+
+    def serve_fault(self, fd: int, there: GuestMemoryMmap, here: GuestMemoryMmap, bases: list[int]) -> tuple[int, int]:
+        """Bring the page that somebody waits for: which region's, and its offset."""
+        event = os.read(fd, 32)
+        self.assertEqual(event[0], 0x12)  # UFFD_EVENT_PAGEFAULT
+        [address] = struct.unpack_from("=Q", event, 16)
+        for number, base in enumerate(bases):
+            if base <= address < base + self.SIZE:
+                offset = (address - base) & -PAGE
+                os.pwrite(here.regions[number].fileno(), there.regions[number].view[offset : offset + PAGE], offset)
+                fcntl.ioctl(fd, 0x8010AA02, struct.pack("=QQ", base + offset, PAGE))  # UFFDIO_WAKE
+                return number, offset
+        raise AssertionError(f"a fault at {address:#x}, not in {bases}")
+
+    def test_pages_come_when_they_are_touched(self) -> None:
+        """Ring, request and place for the answer, each in pages of its own; the ring's start as well as the worker waits for them."""
+        with self.arriving() as (frontend, fd, there, here, bases):
+            self.assertTrue(frontend.protocol_features & PF.PAGEFAULT)
+            self.assertFalse(frontend.protocol_features & PF.CONFIGURE_MEM_SLOTS)
+            driver = SplitDriverQueue(there, 16, (RAM + PAGE, RAM + 2 * PAGE, RAM + 3 * PAGE))
+            request, answer = RAM + 5 * PAGE, RAM + 2 * self.SIZE + 7 * PAGE
+            there.write(request, b"from there")
+            driver.add([(request, 10)], [(answer, 10)])
+            driver.publish()
+            faults: list[tuple[int, int]] = []
+            done = self.eventfd()
+
+            def serve() -> None:
+                while not is_readable(done):
+                    if is_readable(fd, 0.02):
+                        faults.append(self.serve_fault(fd, there, here, bases))
+
+            server = self.in_thread(serve)
+            queue = frontend.start_queue(0, driver)
+            wait_until(lambda: is_readable(queue.call_fd), "the answer")
+            os.eventfd_write(done, 1)
+            server.join(PATIENCE)
+            self.assertEqual(sorted(faults), [(0, PAGE), (0, 2 * PAGE), (0, 3 * PAGE), (0, 5 * PAGE), (1, 7 * PAGE)])
+            self.assertEqual(here.read(answer, 10), b"ereht morf")
+            self.assertEqual(here.read(RAM + 3 * PAGE + 2, 2), b"\1\0")
+            # The same table again, as after a reboot of the guest: the mappings stay, and so does what is watched.
+            frontend.stop_queue(queue)
+            self.assertEqual(frontend.share_for_postcopy(here), bases)
+            frontend.ready_for_faults()
+            frontend.request("POSTCOPY_END")
+            frontend.share_memory(here)
+            self.assertEqual(frontend.request("GET_FEATURES").value >> 32 & 1, 1)
+
+    def test_other_memory_in_between_is_refused(self) -> None:
+        """The userfaultfd is the front-end's alone by then: what it does not watch would be zeroes."""
+        with self.arriving() as (frontend, _, _, _, _):
+            other = GuestMemoryMmap.from_ranges([(RAM, self.SIZE)])
+            with self.raises(ProtocolError, "postcopy is answered by"):
+                frontend.protocol_features &= ~PF.REPLY_ACK
+                table = MemTable((MemRegion(RAM, self.SIZE, RAM, 0),)).pack()
+                frontend.connection.send(5, 8, table, [other.regions[0].fileno()])  # NEED_REPLY, to see the refusal
+                with frontend.connection.receive(PATIENCE) as answer:
+                    self.assertEqual(answer.payload, u64(1))
+                frontend.connection.send(1, 0)
+                frontend.share_for_postcopy(other)
+
+    def test_front_end_that_dies_leaves_nobody_waiting(self) -> None:
+        """Not even a thread that waits for a page with the interpreter's lock in its hand."""
+        with self.arriving() as (frontend, fd, _, _, _):
+            driver = SplitDriverQueue(GuestMemoryMmap.from_ranges([(RAM, self.SIZE)]), 16, (RAM + PAGE, RAM + 2 * PAGE, RAM + 3 * PAGE))
+            for name, payload in (
+                ("SET_VRING_NUM", VringStatePayload(0, 16)),
+                ("SET_VRING_ADDR", VringAddr(0, 0, *(frontend.user_addr(driver.areas[n]) for n in (0, 2, 1)), 0)),
+            ):
+                frontend.request(name, payload)
+            frontend.connection.send(12, 0, u64(0), [self.eventfd()])
+            self.assertTrue(is_readable(fd, PATIENCE), "it waits for no page")
+        with Frontend.connect(self.path) as frontend:
+            self.assertTrue(frontend.request("GET_FEATURES").value)
+        self.child.send_signal(signal.SIGTERM)
+        self.assertEqual(self.child.wait(PATIENCE), 0)
+
+    def test_acknowledgement_of_the_table_is_due(self) -> None:
+        """Nothing else comes between, and it has no regions."""
+        for name, payload in ("GET_FEATURES", b""), ("SET_MEM_TABLE", EXAMPLES["SET_MEM_TABLE"]):
+            with self.serving(migrating()) as served, served.peer(protocol_features=Peer.WITH_USER_ADDRESSES) as peer:
+                memory = GuestRegionMmap.allocate(RAM, 4 * PAGE)
+                peer.msg("POSTCOPY_ADVISE", expect=b"")
+                peer.msg("POSTCOPY_LISTEN")
+                peer.send(5, EXAMPLES["SET_MEM_TABLE"], 1, [memory.fileno()])
+                self.assertEqual(MemTable.unpack(peer.answer()[2]).regions[0].guest_addr, RAM)
+                peer.msg(name, payload, fds=[memory.fileno()] if payload else [], expect=CLOSED)
+                self.expect_log("without regions is due" if not payload else "with 1 regions as an acknowledgement")
+
+    def test_rule_12_postcopy_and_memory_slots_exclude_each_other(self) -> None:
+        """A device that offers the one does not offer the other."""
+        for device, wanted in (Echo(), PF.CONFIGURE_MEM_SLOTS), (migrating(), PF.PAGEFAULT):
+            offered = vhost_user._offered_protocol_features(device)
+            self.assertEqual(offered & (PF.CONFIGURE_MEM_SLOTS | PF.PAGEFAULT), wanted)
 
 
 class EventfdTests(DaemonTest):

@@ -54,7 +54,7 @@ import time
 from abc import ABC
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from enum import IntFlag
 from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, TypeVar, cast
@@ -74,6 +74,7 @@ if TYPE_CHECKING or not __package__:
         Iotlb,
         IotlbMiss,
         IovaMemory,
+        Userfault,
         map_shared,
         survive_truncation,
     )
@@ -113,6 +114,7 @@ else:
         Iotlb,
         IotlbMiss,
         IovaMemory,
+        Userfault,
         map_shared,
         survive_truncation,
     )
@@ -263,7 +265,7 @@ HOOKS = (
 DRAFTS = _PF.GET_VRING_BASE_SKIP_DRAIN
 """Protocol features of drafts: offered by a device that says `drafts`."""
 
-_WANTED = PROTOCOL_FEATURES | _PF.HOST_NOTIFIER | _PF.INBAND_NOTIFICATIONS | _PF.CROSS_ENDIAN | DRAFTS
+_WANTED = PROTOCOL_FEATURES | _PF.PAGEFAULT | _PF.HOST_NOTIFIER | _PF.INBAND_NOTIFICATIONS | _PF.CROSS_ENDIAN | DRAFTS
 for _, _feature in HOOKS:
     _WANTED |= _feature
 
@@ -740,7 +742,8 @@ class Request:
     number    on the wire
     name      as in the specification, without its VHOST_USER_ prefix
     payload   its class
-    reply     class of the reply's payload; None: acknowledged with a U64 if REPLY_ACK is negotiated and NEED_REPLY set
+    reply     class of the reply's payload; None: acknowledged with a U64 if REPLY_ACK is negotiated and NEED_REPLY set (but SET_MEM_TABLE
+              in postcopy is answered with a table)
     fds       fewest and most file descriptors that come along
     gate      the protocol feature that must have been negotiated; 0: none
     failed    the reply that says that it failed, where one can; its file descriptors do not go with it
@@ -790,6 +793,9 @@ _ROWS = (
     Request(25, "SET_CONFIG", Config, gate=_PF.CONFIG),
     Request(26, "CREATE_CRYPTO_SESSION", CryptoSession, reply=CryptoSession, gate=_PF.CRYPTO_SESSION, failed=CryptoSession(0, b"", -1)),
     Request(27, "CLOSE_CRYPTO_SESSION", U64, gate=_PF.CRYPTO_SESSION),
+    Request(28, "POSTCOPY_ADVISE", reply=Empty, gate=_PF.PAGEFAULT),
+    Request(29, "POSTCOPY_LISTEN", gate=_PF.PAGEFAULT),
+    Request(30, "POSTCOPY_END", reply=U64, gate=_PF.PAGEFAULT, failed=U64(1)),
     Request(31, "GET_INFLIGHT_FD", Inflight, reply=Inflight, gate=_PF.INFLIGHT_SHMFD),
     Request(32, "SET_INFLIGHT_FD", Inflight, fds=(1, 1), gate=_PF.INFLIGHT_SHMFD),
     Request(33, "GPU_SET_SOCKET", fds=(1, 1)),
@@ -1217,6 +1223,8 @@ class VhostUserBackend:
     drafts              whether to offer `DRAFTS` as well: protocol features whose numbers may change yet
     iommu               whether to offer VIRTIO_F_ACCESS_PLATFORM: the guest may have the device behind an IOMMU. Not for everybody: User-mode
                         Linux takes the bit and then cannot use the device
+    postcopy            whether to offer PAGEFAULT, in the place of CONFIGURE_MEM_SLOTS: the guest may migrate to here and run before all of its
+                        memory has come
     """
 
     num_queues: int = 1
@@ -1228,6 +1236,7 @@ class VhostUserBackend:
     config: bytes | bytearray | ctypes.Structure | None = None
     drafts: bool = False
     iommu: bool = False
+    postcopy: bool = False
 
     _channel: BackendChannel | None = None
     _transfer: _Transfer | None = None
@@ -1404,7 +1413,19 @@ def _offered_protocol_features(backend: VhostUserBackend) -> int:
     for name, feature in HOOKS:
         if getattr(type(backend), name) is not getattr(VhostUserBackend, name):
             features |= feature
+    if backend.postcopy and _has_userfault():
+        features = features & ~_PF.CONFIGURE_MEM_SLOTS | _PF.PAGEFAULT  # the two exclude each other (vhost-user, "Migration")
     return int(backend.protocol_features | features & ~backend.withheld_protocol_features)
+
+
+@functools.cache
+def _has_userfault() -> bool:
+    try:
+        with Userfault():
+            return True
+    except GuestMemoryError as error:
+        log.warning("postcopy is not offered: %s", error)
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1732,6 +1753,9 @@ class _Session:
         self._tracked = 0  # rings whose in-flight chains are recorded
         self._shmem_config: ShmemConfig | None = None
         self._iotlb: Iotlb | None = None
+        self._userfault: Userfault | None = None  # since POSTCOPY_ADVISE
+        self._listening = False  # since POSTCOPY_LISTEN
+        self._unacked: GuestMemoryMmap | None = None  # memory whose addresses the front-end was told
 
     def run(self) -> None:
         """Serve the connection to its end. Raises ProtocolError, Disconnected, InterruptedError; whatever it is, rings are stopped and
@@ -1755,6 +1779,7 @@ class _Session:
             self._channel.close()
         if self._log_fd is not None:
             os.close(self._log_fd)
+        self._end_postcopy()
         self._memory.replace(GuestMemoryMmap())
         for hook, arguments in (self._backend.update_memory, (self._memory,)), (self._backend.disconnected, ()):
             try:
@@ -1771,6 +1796,8 @@ class _Session:
         if row.gate and not row.gate & self._protocol_features:
             raise ProtocolError(f"{row.name} without {row.gate.name} negotiated")
         row.check_fds(len(message.fds))
+        if self._unacked and row.name != "SET_MEM_TABLE":
+            raise ProtocolError(f"{row.name}, when a SET_MEM_TABLE without regions is due (postcopy)")
         try:
             payload = row.payload.unpack(message.payload)
         except ProtocolError as error:
@@ -1787,7 +1814,7 @@ class _Session:
 
     def _answer(self, row: Request, message: Message, reply: Payload | None, failure: Exception | None) -> None:
         """An explicit reply, or else an acknowledgement if one is asked for: never both, or the stream is out of step."""
-        if row.reply:
+        if row.reply or reply:
             answer = row.failed if reply is None else reply
             if answer is None:
                 raise ProtocolError(f"{row.name}: {failure}; its reply cannot say so")
@@ -1871,13 +1898,19 @@ class _Session:
 
     # Memory
 
-    def _set_mem_table(self, payload: MemTable, message: Message) -> None:
+    def _set_mem_table(self, payload: MemTable, message: Message) -> Payload | None:
+        if self._unacked:
+            self._watch_memory(payload)
+            return None
         if len(message.fds) != len(payload.regions):
             raise ProtocolError(
                 f"{len(message.fds)} file descriptors for {len(payload.regions)} memory regions: is all of guest memory shared (share=on)?"
             )
+        if self._listening:
+            return self._map_for_postcopy(payload, message)
         regions = [self._map_region(region, message) for region in payload.regions]
         self._change_memory(GuestMemoryMmap(regions))
+        return None
 
     def _add_mem_reg(self, payload: MemReg, message: Message) -> None:
         self._change_memory(self._memory.memory().insert_region(self._map_region(payload, message)))
@@ -1906,6 +1939,65 @@ class _Session:
         for index in range(len(self._vrings)):
             self._place(index)
         self._call(self._backend.update_memory, self._memory)
+
+    # Postcopy: the guest runs here before all of its memory has come
+
+    def _postcopy_advise(self, payload: Empty, message: Message) -> Payload:
+        if self._userfault:
+            raise ProtocolError("POSTCOPY_ADVISE for the second time")
+        try:
+            self._userfault = Userfault()
+        except GuestMemoryError as error:
+            log.error("POSTCOPY_ADVISE: %s", error)  # a reply without a file descriptor says so
+        else:
+            message.reply_fds.append(os.dup(self._userfault.fd))
+        return Empty()
+
+    def _postcopy_listen(self, payload: Empty, message: Message) -> None:
+        if self._userfault is None:
+            raise ProtocolError("POSTCOPY_LISTEN without POSTCOPY_ADVISE")
+        if self._memory.memory().regions:
+            raise Refused("guest memory is mapped already: its pages may have been touched before they came")
+        self._listening = True
+
+    def _map_for_postcopy(self, payload: MemTable, message: Message) -> Payload | None:
+        """Map the table, touching nothing, and tell where: from the acknowledgement on the front-end can serve faults there."""
+        known = self._memory.memory().regions
+        if known:
+            # The same again, as after a reboot. Nothing else could be watched: the userfaultfd is the front-end's alone by now.
+            told = [(fd, r.guest_addr, r.size, self._user_addr(r), r.mmap_offset) for fd, r in zip(message.fds, payload.regions)]
+            if len(told) != len(known) or not all(any(region.is_of(*one) for region in known) for one in told):
+                raise Refused("other guest memory than before, while a postcopy migration is under way")
+            memory = GuestMemoryMmap(known)
+        else:
+            memory = GuestMemoryMmap([self._map_region(region, message) for region in payload.regions])
+        self._unacked = memory
+        found = (memory.find_region(region.guest_addr) for region in payload.regions)
+        return MemTable(tuple(replace(told, user_addr=mapped.host_addr) for told, mapped in zip(payload.regions, found) if mapped))
+
+    def _watch_memory(self, payload: MemTable) -> None:
+        """The front-end is ready to serve faults."""
+        memory, self._unacked = self._unacked, None
+        if payload.regions or memory is None:
+            raise ProtocolError(f"SET_MEM_TABLE with {len(payload.regions)} regions as an acknowledgement, which has none")
+        if self._userfault and self._userfault.fd >= 0:
+            for region in memory.regions:
+                self._userfault.register(region)
+            # If the front-end dies, its descriptor must be the last one: a thread that waits for a page, maybe with the interpreter's lock, goes on.
+            self._userfault.close()
+        self._change_memory(memory)
+
+    def _postcopy_end(self, payload: Empty, message: Message) -> Payload:
+        if self._userfault is None:
+            raise Refused("there was no POSTCOPY_ADVISE")
+        self._end_postcopy()
+        return U64(0)
+
+    def _end_postcopy(self) -> None:
+        if self._userfault:
+            self._userfault.close()
+        self._userfault = self._unacked = None
+        self._listening = False
 
     # IOMMU
 
@@ -2759,6 +2851,35 @@ class Frontend:
             self.request("SET_MEM_TABLE", MemTable(table), [region.fileno() for region in memory.regions])
         self.memory = memory
 
+    def share_for_postcopy(self, memory: GuestMemoryMmap) -> list[int]:
+        """Make `memory` the guest's after POSTCOPY_LISTEN. Returns where the back-end has mapped each region: there the faults will be. It is to be
+        acknowledged with `ready_for_faults`."""
+        table = tuple(MemRegion(r.guest_addr, r.size, self._base(r), r.mmap_offset) for r in memory.regions)
+        row = REQUESTS["SET_MEM_TABLE"]
+        self.connection.send(row.number, 0, MemTable(table).pack(), [region.fileno() for region in memory.regions])
+        with self.connection.receive(self.TIMEOUT) as answer:
+            if answer.request != row.number or answer.flags != FLAG_REPLY | VERSION:
+                raise ProtocolError(f"SET_MEM_TABLE in postcopy is answered by message {answer.request} with flags {answer.flags:#x}")
+            mapped = MemTable.unpack(answer.payload)
+        self.memory = memory
+        return [region.user_addr for region in mapped.regions]
+
+    def ready_for_faults(self) -> None:
+        """From here on the back-end may touch pages that have not come."""
+        self.connection.send(REQUESTS["SET_MEM_TABLE"].number, 0, MemTable(()).pack())
+
+    def postcopy_advise(self) -> int:
+        """POSTCOPY_ADVISE: the back-end's userfaultfd, the caller's. Faults in it are to be served from `ready_for_faults` to POSTCOPY_END. Raises
+        Refused when there is none."""
+        fds: list[int] = []
+        self.request("POSTCOPY_ADVISE", reply_fds=fds)
+        if len(fds) > 1:
+            _close_all(fds)
+            raise ProtocolError(f"POSTCOPY_ADVISE is answered with {len(fds)} file descriptors")
+        if not fds:
+            raise Refused("the back-end has no userfaultfd")
+        return fds[0]
+
     def add_region(self, region: GuestRegionMmap) -> None:
         """Share one more region (ADD_MEM_REG)."""
         payload = MemReg(region.guest_addr, region.size, self._base(region), region.mmap_offset)
@@ -3001,6 +3122,7 @@ def run_device(
     try:
         device = build(parsed)
         device.iommu |= parsed.iommu
+        device.postcopy |= parsed.postcopy
         daemon = VhostUserDaemon(kind, device, poll_us=parsed.poll_us)
         _install_signals(daemon)
         survive_truncation()
@@ -3026,6 +3148,7 @@ def _parser(kind: str, options: Callable[[argparse.ArgumentParser], object] | No
     where.add_argument("--fd", type=int, metavar="FDNUM", help="use this file descriptor: a socket that listens, or one that is connected")
     parser.add_argument("--client", action="store_true", help="connect to --socket-path, where the front-end listens")
     parser.add_argument("--reconnect", action="store_true", help="with --client: go on trying, also after the front-end has left")
+    parser.add_argument("--postcopy", action="store_true", help="let a migration run the guest here before all of its memory has come")
     parser.add_argument("--poll-us", type=int, default=0, metavar="N", help="look at an emptied ring for up to N µs before sleeping, while that pays")
     parser.add_argument("--iommu", action="store_true", help="offer VIRTIO_F_ACCESS_PLATFORM: the device may be behind an IOMMU of the guest's")
     parser.add_argument("--print-capabilities", action="store_true", help="tell what this program can do, as JSON, and end")

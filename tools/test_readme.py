@@ -164,7 +164,7 @@ class Names(unittest.TestCase):
     def test_supported(self) -> None:
         self.assertEqual(row("Requests"), set(REQUESTS))
         self.assertEqual(row("Back-end's requests"), set(BACKEND_REQUESTS))
-        asked = "HOST_NOTIFIER", "INBAND_NOTIFICATIONS", "CROSS_ENDIAN"  # which a device has to ask for
+        asked = "HOST_NOTIFIER", "INBAND_NOTIFICATIONS", "CROSS_ENDIAN", "PAGEFAULT"  # which a device has to ask for
         hooked = functools.reduce(operator.or_, (VhostUserProtocolFeatures[name] for name in asked))
         for _, feature in HOOKS:
             hooked |= feature
