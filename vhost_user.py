@@ -2497,7 +2497,7 @@ class _ChannelRelay:
                             del open_ends[fd]
                     else:
                         self._answer()
-        except InterruptedError:
+        except (InterruptedError, Disconnected):
             pass
         except (VhostUserError, OSError) as error:
             log.warning("the channel for the device's requests ends: %s", error)
