@@ -5900,6 +5900,24 @@ class ProcessTests(DaemonTest):
             with served.connect() as frontend:
                 self.assertEqual([self.ask(queue)[1] for queue in frontend.setup(4, memory=4 << 20, size=16)], 4 * [ord("0")])
 
+    def test_client_reconnects_with_new_processes(self) -> None:
+        path = f"{self.folder()}/sock"
+        before = children()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            listener.settimeout(PATIENCE)
+            daemon = VhostUserDaemon("test", Told(), processes=2)
+            daemon.start_client(path, reconnect=True)
+            seen: set[int] = set()
+            for count in 2, 4:
+                with Frontend(listener.accept()[0]) as frontend:
+                    seen |= {self.ask(queue)[0] for queue in frontend.setup(4, memory=4 << 20, size=16)}
+                self.assertEqual(len(seen), count)
+            daemon.shutdown()
+            wait_for_end(daemon)
+        self.assertEqual(children(), before, "a process is left over")
+
     def test_killed_process_ends_the_connection_alone(self) -> None:
         with self.spread() as served:
             with served.connect() as frontend:

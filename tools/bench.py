@@ -349,7 +349,7 @@ def programs(folder: Path, rounds: int) -> Iterator[str]:
         program.close()
     yield f"guest of {GUEST >> 30} GiB: Python alone {median(alone) * 1e3:.0f} ms, until the ring is set up {median(beyond) * 1e3:.0f} ms more"
     yield "resident: " + ", ".join(f"{name} {kib / 1024:.1f} MiB" for name, kib in resident.items())
-    for size, count in (4096, 1000), (131072, 300):
+    for size, count in (4096, 1000), (131072, 1000):
         rates: dict[tuple[int, int], list[float]] = {spread: [] for spread in SPREADS}
         for _ in range(max(3, rounds // 8)):
             for spread in SPREADS:
