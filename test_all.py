@@ -2882,6 +2882,8 @@ class AcknowledgementTests(WireTest):
                 with self.subTest(name), served.peer() as peer:
                     if name == "REM_MEM_REG":
                         peer.msg("ADD_MEM_REG", EXAMPLES["ADD_MEM_REG"], [self.memory_fd])
+                    if name == "POSTCOPY_LISTEN":
+                        peer.msg("POSTCOPY_ADVISE", expect=b"")
                     for flags in 9, 1:
                         peer.send(row.number, EXAMPLES[name], flags, self.fds_for(name))
                         if row.reply or flags == 9:
@@ -2896,7 +2898,7 @@ class AcknowledgementTests(WireTest):
     def test_no_acknowledgement_where_it_was_not_negotiated(self) -> None:
         with self.served(Whole()) as served, served.peer(protocol_features=~(PF.REPLY_ACK | PF.INBAND_NOTIFICATIONS)) as peer:
             for name, row in REQUESTS.items():
-                if not row.reply and name not in ("SET_PROTOCOL_FEATURES", "REM_MEM_REG", "ADD_MEM_REG", "VRING_KICK"):
+                if not row.reply and name not in ("SET_PROTOCOL_FEATURES", "REM_MEM_REG", "ADD_MEM_REG", "POSTCOPY_LISTEN", "VRING_KICK"):
                     peer.msg(name, EXAMPLES[name], self.fds_for(name), expect=SILENT)
 
     def test_acknowledgements_begin_with_the_message_that_negotiates_them(self) -> None:
@@ -3296,7 +3298,7 @@ class EachRequestTests(WireTest):
         return served.peer(protocol_features=Peer.WITH_USER_ADDRESSES)
 
     def test_postcopy_advise(self) -> None:
-        """Its reply brings the userfaultfd. A second one is wrong."""
+        """Its reply brings the userfaultfd; another one until LISTEN, and then none."""
         with self.serving(migrating()) as served, served.peer(protocol_features=~PF.PAGEFAULT) as peer:
             peer.msg("POSTCOPY_ADVISE", expect=CLOSED)
             self.expect_log("without PAGEFAULT negotiated")
@@ -3305,23 +3307,23 @@ class EachRequestTests(WireTest):
             fd = frontend.postcopy_advise()
             self.assertEqual(os.readlink(f"/proc/self/fd/{fd}"), "anon_inode:[userfaultfd]")
             os.close(fd)
-            with self.assertRaises(Disconnected):
+            os.close(frontend.postcopy_advise())
+            frontend.request("POSTCOPY_LISTEN")
+            with self.raises(Refused, "no userfaultfd"):
                 frontend.postcopy_advise()
-            self.expect_log("for the second time")
+            self.expect_log("when a postcopy migration is under way")
 
     def test_postcopy_listen(self) -> None:
         """After ADVISE, and before there is memory."""
-        with self.serving(migrating()) as served:
-            with self.postcopy_peer(served) as peer:
-                peer.msg("POSTCOPY_LISTEN", expect=CLOSED)
-                self.expect_log("LISTEN without POSTCOPY_ADVISE")
-            with self.postcopy_peer(served) as peer:
-                peer.msg("POSTCOPY_ADVISE", expect=b"")
-                peer.msg("SET_MEM_TABLE", EXAMPLES["SET_MEM_TABLE"], fds=[self.memory_fd])
-                peer.msg("POSTCOPY_LISTEN", expect=REFUSED)
-                self.expect_log("is mapped already")
-                peer.msg("SET_MEM_TABLE", MemTable(()).pack())
-                peer.msg("POSTCOPY_LISTEN")
+        with self.serving(migrating()) as served, self.postcopy_peer(served) as peer:
+            peer.msg("POSTCOPY_LISTEN", expect=REFUSED)
+            self.expect_log("there was no POSTCOPY_ADVISE")
+            peer.msg("POSTCOPY_ADVISE", expect=b"")
+            peer.msg("SET_MEM_TABLE", EXAMPLES["SET_MEM_TABLE"], fds=[self.memory_fd])
+            peer.msg("POSTCOPY_LISTEN", expect=REFUSED)
+            self.expect_log("is mapped already")
+            peer.msg("SET_MEM_TABLE", MemTable(()).pack())
+            peer.msg("POSTCOPY_LISTEN")
 
     def test_postcopy_end(self) -> None:
         """Answered in any case."""
@@ -5943,11 +5945,279 @@ class LifeTests(DaemonTest):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# Worker processes
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Told(Echo):
+    """Answers with its process id, and the config byte that was written last; notes each reload."""
+
+    num_queues = 4
+    reloads = 0
+
+    def process_queue(self, vring: VringT) -> None:
+        for chain in vring:
+            if chain.read() == b"hang":
+                threading.Event().wait()
+            vring.add_used(chain, chain.write(struct.pack("=IBB", os.getpid(), self.config[0], self.reloads)))
+
+    def set_config(self, offset: int, data: bytes, flags: int) -> None:
+        if offset >= 8:
+            raise Refused("read-only from byte 8 on")
+        self.config[offset : offset + len(data)] = data
+
+    def set_mtu(self, mtu: int) -> None:
+        if os.getpid() % 2 and mtu == 1000:
+            raise Refused("some processes like no round numbers")
+
+    def reload(self) -> None:
+        self.reloads += 1
+        self.config_changed()
+
+
+def children(pid: int | None = None) -> list[int]:
+    """The processes that one has started, those included that nobody has waited for."""
+    found = []
+    for task in os.listdir(f"/proc/{pid or os.getpid()}/task"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid or os.getpid()}/task/{task}/children") as file:
+            found += [int(child) for child in file.read().split()]
+    return found
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, be it a zombie."""
+    return os.path.exists(f"/proc/{pid}")
+
+
+class ProcessTests(DaemonTest):
+    """One device in several worker processes."""
+
+    @contextlib.contextmanager
+    def spread(self, device: VhostUserBackend | None = None, processes: int = 2) -> Iterator[Served]:
+        """A device, served at a socket by worker processes; in the end no process is left."""
+        before = children()
+        with tempfile.TemporaryDirectory(prefix="vhost-user-") as folder:
+            served = Served.__new__(Served)
+            served.path = f"{folder}/sock"
+            served.daemon = VhostUserDaemon("test", device or Told(), processes=processes)
+            served.daemon.start(served.path)
+            try:
+                yield served
+            finally:
+                served.daemon.shutdown()
+                served.wait()
+                self.assertEqual(children(), before, "a process is left over")
+
+    def ask(self, queue: FrontendQueue) -> tuple[int, int, int]:
+        """Who serves the ring: process id, config byte, reloads."""
+        memory = queue._frontend.memory
+        at = queue._frontend.arena[0] + 64 * queue.index
+        queue.submit([(at, 4)], [(at + 16, 6)])
+        queue.wait()
+        return struct.unpack("=IBB", memory.read(at + 16, 6))
+
+    def test_rings_belong_to_processes(self) -> None:
+        for packed in False, True:
+            with self.subTest(packed=packed), self.spread() as served, served.connect() as frontend:
+                queues = frontend.setup(4, memory=4 << 20, size=16, packed=packed)
+                owners = [self.ask(queue)[0] for queue in queues]
+                self.assertEqual(owners[:2], owners[2:])
+                self.assertEqual(len({*owners, os.getpid()}), 3)
+                for _ in range(50):
+                    self.assertEqual([self.ask(queue)[0] for queue in queues], owners)
+
+    def test_config_is_written_in_all_and_refused_once(self) -> None:
+        with self.spread() as served, served.connect() as frontend:
+            queues = frontend.setup(4, memory=4 << 20, size=16)
+            frontend.set_config(0, b"X")
+            self.assertEqual(frontend.get_config(0, 2), b"X1")
+            self.assertEqual([self.ask(queue)[1] for queue in queues], 4 * [ord("X")])
+            with self.assertRaises(Refused):
+                frontend.set_config(8, b"X")
+            self.assertFalse(is_readable(frontend.connection.socket, MOMENT), "more than one answer")
+            frontend.set_config(0, b"Y")
+
+    def test_failure_in_one_process_is_the_answer(self) -> None:
+        device = Told()
+        with self.spread(device, 4) as served:
+            for _ in range(4):  # until there are processes with odd and with even numbers
+                with served.connect() as frontend:
+                    owners = {self.ask(queue)[0] % 2 for queue in frontend.setup(4, memory=4 << 20, size=16)}
+                    frontend.request("NET_SET_MTU", U64(1500))
+                    if 1 in owners:
+                        with self.assertRaises(Refused):
+                            frontend.request("NET_SET_MTU", U64(1000))
+                        frontend.request("NET_SET_MTU", U64(1500))
+                if owners == {0, 1}:
+                    return
+
+    def test_rings_stop_and_go_on(self) -> None:
+        with self.spread() as served, served.connect() as frontend:
+            queues = frontend.setup(4, memory=4 << 20, size=16)
+            for queue in queues:
+                for _ in range(queue.index + 1):
+                    self.ask(queue)
+            drivers = [queue.driver for queue in queues]
+            bases = [frontend.stop_queue(queue) for queue in tuple(queues)]
+            self.assertEqual(bases, [1, 2, 3, 4])
+            for index, (driver, base) in enumerate(zip(drivers, bases, strict=True)):
+                self.ask(frontend.start_queue(index, driver, base))
+            self.assertEqual(frontend.request("GET_STATUS"), U64(0))
+            frontend.request("SET_STATUS", U64(15))
+            self.assertEqual(frontend.request("GET_STATUS"), U64(15))
+            frontend.request("RESET_DEVICE")
+            self.assertEqual(frontend.request("GET_VRING_BASE", VringStatePayload(3, 0)), VringStatePayload(3, 0))
+
+    def test_each_front_end_has_new_processes(self) -> None:
+        seen: set[int] = set()
+        with self.spread() as served:
+            for _ in range(3):
+                with served.connect() as frontend:
+                    queues = frontend.setup(4, memory=4 << 20, size=16)
+                    owners = {self.ask(queue)[0] for queue in queues}
+                    self.assertEqual(len(owners - seen), 2)
+                    seen |= owners
+                    frontend.set_config(0, b"Z")
+            wait_until(lambda: not any(map(is_running, seen)), "the processes to end, and to be waited for")
+            with served.connect() as frontend:
+                self.assertEqual([self.ask(queue)[1] for queue in frontend.setup(4, memory=4 << 20, size=16)], 4 * [ord("0")])
+
+    def test_client_reconnects_with_new_processes(self) -> None:
+        path = f"{self.folder()}/sock"
+        before = children()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            listener.settimeout(PATIENCE)
+            daemon = VhostUserDaemon("test", Told(), processes=2)
+            daemon.start_client(path, reconnect=True)
+            seen: set[int] = set()
+            for count in 2, 4:
+                with Frontend(listener.accept()[0]) as frontend:
+                    seen |= {self.ask(queue)[0] for queue in frontend.setup(4, memory=4 << 20, size=16)}
+                self.assertEqual(len(seen), count)
+            daemon.shutdown()
+            wait_for_end(daemon)
+        self.assertEqual(children(), before, "a process is left over")
+
+    def test_killed_process_ends_the_connection_alone(self) -> None:
+        with self.spread() as served:
+            with served.connect() as frontend:
+                queues = frontend.setup(4, memory=4 << 20, size=16)
+                first, second = self.ask(queues[0])[0], self.ask(queues[1])[0]
+                os.kill(second, signal.SIGKILL)
+                with self.raises(Disconnected, ""):
+                    frontend.connection.receive(PATIENCE)
+            self.expect_log("the connection ends: worker process 1 has ended it, or is no more")
+            wait_until(lambda: not is_running(first) and not is_running(second), "both to be waited for")
+            with served.connect() as frontend:
+                self.ask(frontend.setup(4, memory=4 << 20, size=16)[3])
+
+    def test_device_that_hangs_is_killed(self) -> None:
+        with self.spread() as served:
+            with served.connect() as frontend:
+                queues = frontend.setup(4, memory=4 << 20, size=16)
+                owner = self.ask(queues[1])[0]
+                frontend.memory.write(frontend.arena[0], b"hang")
+                queues[1].submit([(frontend.arena[0], 4)], [(frontend.arena[0] + 16, 6)])
+            wait_until(lambda: not is_running(owner), "it to be killed", 20)
+            with served.connect() as frontend:
+                self.ask(frontend.setup(4, memory=4 << 20, size=16)[1])
+
+    def test_nursery_killed(self) -> None:
+        """Without it there are no workers any more, and the daemon says so."""
+        before = set(children())
+        with self.raises(OSError, "worker processes cannot be started"), self.spread() as served:
+            with served.connect() as frontend:
+                owner = self.ask(frontend.setup(4, memory=4 << 20, size=16)[0])[0]
+                [nursery] = set(children()) - before
+                os.kill(nursery, signal.SIGKILL)
+                wait_until(lambda: not is_running(owner), "the workers to die with it")
+            with served.connect() as frontend, self.raises(Disconnected, ""):
+                frontend.connection.receive(PATIENCE)
+            self.expect_log("daemon test ends")
+
+    def test_front_end_that_breaks_the_protocol(self) -> None:
+        with self.spread() as served:
+            for name, payload, fds in ("SET_VRING_NUM", pair(77, 1), 0), ("SET_FEATURES", u64(1 << 63), 0), ("SET_LOG_FD", b"", 2), (999, b"", 1):
+                with self.subTest(name), served.peer() as peer:
+                    peer.msg(name, payload, [self.eventfd() for _ in range(fds)], expect=CLOSED)
+            with served.connect() as frontend:
+                self.ask(frontend.setup(4, memory=4 << 20, size=16)[3])
+
+    def test_what_there_is_one_of_is_not_offered(self) -> None:
+        class Spread(Whole):
+            num_queues = 2
+
+        with self.spread(Spread()) as served, served.peer(protocol_features=0) as peer:
+            peer.send(15)
+            [offered] = struct.unpack("=Q", peer.answer()[2])
+            self.assertFalse(offered & (PF.SHARED_OBJECT | PF.DEVICE_STATE | PF.PAGEFAULT))
+            self.assertTrue(offered & PF.SHMEM)
+            peer.msg("SET_PROTOCOL_FEATURES", u64(PF.DEVICE_STATE), expect=CLOSED)
+
+    def test_reload_reaches_all_and_the_front_end_is_told_once(self) -> None:
+        with self.spread() as served, served.connect() as frontend:
+            queues = frontend.setup(4, memory=4 << 20, size=16)
+            self.assertEqual([self.ask(queue)[2] for queue in queues], 4 * [1])
+            served.daemon.reload()
+            self.assertEqual([self.ask(queue)[2] for queue in queues], 4 * [2])
+            self.assertEqual(frontend.next_backend_request().name, "CONFIG_CHANGE_MSG")
+            with self.assertRaises(TimeoutError):
+                frontend.next_backend_request(MOMENT)
+
+    def test_requests_of_the_device_and_their_answers(self) -> None:
+        """Both processes ask at once and wait; each has the answer to its own question, while the control threads go on."""
+
+        class Asking(Whole):
+            num_queues = 2
+            protocol_features = 0
+            withheld_protocol_features = 0
+
+            def process_queue(self, vring: VringT) -> None:
+                for chain in vring:
+                    shmid = chain.read()[0]
+                    assert self.channel and isinstance(vring, VringState)
+                    with tempfile.TemporaryFile() as file:
+                        mapped = self.channel.shmem_map(2 * vring.index, file.fileno(), 0, PAGE * shmid, PAGE, wait=True)
+                    vring.add_used(chain, chain.write(bytes([mapped])))
+
+        with self.spread(Asking()) as served, served.connect() as frontend:
+            queues = frontend.setup(2, memory=4 << 20, size=16)
+            at = frontend.arena[0]
+            frontend.maps.append(ShmemMap(2, 0, 0, PAGE, 0))  # so that ring 1's is refused
+            frontend.memory.write(at, bytes(2))
+            for queue in queues:
+                queue.submit([(at + queue.index, 1)], [(at + 16 + queue.index, 1)])
+            self.assertEqual(frontend.request("GET_STATUS"), U64(0))  # nobody waits for the answers
+            for _ in queues:
+                [fd] = frontend.next_backend_request().fds
+                os.close(fd)
+            for queue in queues:
+                queue.wait()
+            self.assertEqual(frontend.memory.read(at + 16, 2), b"\1\0")
+
+    def test_nothing_is_left_open_in_the_workers(self) -> None:
+        """A worker has its own descriptors: not the listening socket, nor what belongs to its siblings or to the front-end."""
+        with self.spread() as served, served.connect() as frontend:
+            queues = frontend.setup(4, memory=4 << 20, size=16)
+            kinds = []
+            for queue in queues[:2]:
+                pid = self.ask(queue)[0]
+                links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+                kinds.append({link for link in links if link.startswith("socket:")})
+            self.assertFalse(kinds[0] & kinds[1], "a socket that both have")
+            ours = {link for link in open_fds().values() if link.startswith("socket:")}
+            self.assertFalse((kinds[0] | kinds[1]) & ours, "a socket that the parent has")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # Programs
 # ---------------------------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
 class Echo(vhost_user.VhostUserBackendMut):
+    num_queues = 2
     config = b"0123456789abcdef"
     def process_queue(self, vring):
         for chain in vring:
@@ -6099,6 +6369,64 @@ class ProgramTests(DaemonTest):
                 assert child.stdout
                 self.assertEqual(child.stdout.readline(), "reloaded\n")
             self.works(frontend)
+        self.ends(child)
+
+    def idle_wakeups(self, pids: Iterable[int]) -> int:
+        """How often threads of these processes have gone to sleep, so far."""
+        found = 0
+        for pid in pids:
+            for task in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{task}/status") as file:
+                    found += sum(int(line.split()[1]) for line in file if line.startswith("voluntary_ctxt_switches"))
+        return found
+
+    def family(self, pid: int) -> list[int]:
+        """A process, and those that it has started, and so on."""
+        return [pid, *(other for child in children(pid) for other in self.family(child))]
+
+    def test_idle_program_never_wakes_up(self) -> None:
+        for processes in "1", "2":
+            with self.subTest(processes=processes):
+                path = f"{self.folder()}/sock"
+                child = program(self, PROGRAM, "--socket-path", path, "--processes", processes)
+                with Frontend.connect(path) as frontend:
+                    self.works(frontend)
+                    time.sleep(0.5)  # what ends the work above
+                    pids = self.family(child.pid)
+                    self.assertEqual(len(pids), 1 if processes == "1" else 4)
+                    before = self.idle_wakeups(pids)
+                    time.sleep(2.5)  # more than twice the period of what looks once a second
+                    self.assertEqual(self.idle_wakeups(pids), before)
+                self.ends(child)
+
+    def test_worker_processes_end_with_the_program(self) -> None:
+        for number in signal.SIGTERM, signal.SIGKILL:
+            with self.subTest(number=number):
+                path = f"{self.folder()}/sock"
+                child = program(self, PROGRAM, "--socket-path", path, "--processes", "2")
+                with Frontend.connect(path) as frontend:
+                    self.works(frontend)
+                    pids = self.family(child.pid)
+                    self.assertEqual(len(pids), 4)
+                    if number == signal.SIGTERM:
+                        self.ends(child)
+                    else:
+                        child.kill()
+                        child.wait()
+                    with self.raises(Disconnected, ""):
+                        frontend.connection.receive(PATIENCE)
+                wait_until(lambda: not any(map(is_running, pids)), "all to be gone")  # noqa: B023 - called here
+
+    def test_signals_are_handled_at_any_time(self) -> None:
+        """Not one SIGHUP that comes by itself is lost, and none leaves the program deaf."""
+        path = f"{self.folder()}/sock"
+        child = program(self, PROGRAM, "--socket-path", path)
+        Frontend.connect(path).close()
+        assert child.stdout
+        for _ in range(100):
+            child.send_signal(signal.SIGHUP)
+            self.assertTrue(is_readable(child.stdout.fileno(), PATIENCE), "a signal is lost")
+            self.assertEqual(child.stdout.readline(), "reloaded\n")
         self.ends(child)
 
     def test_debug_log_shows_messages_in_words(self) -> None:

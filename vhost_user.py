@@ -22,6 +22,7 @@ In reading order:
 - Workers            `VringEpollHandler`: a thread that serves rings and the device's own listeners
 - Device state       a migrating device's state, saved and loaded in a thread
 - Sessions           one connection: its state, and a handler for each request
+- Processes          one connection spread over worker processes, each with a session of its own
 - Daemon             `Listener`, `VhostUserDaemon`
 - Front-end          `Frontend`, `FrontendQueue`: the other side of all that
 - Programs           `run_device`: makes any device a program by the specification's conventions
@@ -52,10 +53,11 @@ import sys
 import threading
 import time
 from abc import ABC
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass, replace
-from enum import IntFlag
+from enum import Enum, IntFlag
 from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, TypeVar, cast
 from uuid import UUID
@@ -735,6 +737,14 @@ class ShmemConfig(Payload):
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
+class Goes(Enum):
+    """Whom of a device's worker processes a request goes to. Of a back-end's requests: whose are passed on."""
+
+    FIRST = "to the first, which speaks for all"
+    OWNER = "to the one that has the ring"
+    ALL = "to all, which must answer alike"
+
+
 @dataclass(frozen=True)
 class Request:
     """A row of the request table.
@@ -747,6 +757,7 @@ class Request:
     fds       fewest and most file descriptors that come along
     gate      the protocol feature that must have been negotiated; 0: none
     failed    the reply that says that it failed, where one can; its file descriptors do not go with it
+    goes      with worker processes: to whom; from a back-end: from the first alone, or from any
     """
 
     number: int
@@ -756,6 +767,7 @@ class Request:
     fds: tuple[int, int] = (0, 0)
     gate: VhostUserProtocolFeatures = _NO_GATE
     failed: Payload | None = None
+    goes: Goes = Goes.ALL
 
     def check_fds(self, count: int) -> None:
         """Raise ProtocolError unless `count` file descriptors may come with it."""
@@ -766,55 +778,55 @@ class Request:
 
 
 _ROWS = (
-    Request(1, "GET_FEATURES", reply=U64),
+    Request(1, "GET_FEATURES", reply=U64, goes=Goes.FIRST),
     Request(2, "SET_FEATURES", U64),
     Request(3, "SET_OWNER"),
     Request(4, "RESET_OWNER"),
     Request(5, "SET_MEM_TABLE", MemTable, fds=(0, MAX_FDS)),
     Request(6, "SET_LOG_BASE", Log, reply=U64, fds=(1, 1), gate=_PF.LOG_SHMFD),
     Request(7, "SET_LOG_FD", fds=(1, 1)),
-    Request(8, "SET_VRING_NUM", VringStatePayload),
-    Request(9, "SET_VRING_ADDR", VringAddr),
-    Request(10, "SET_VRING_BASE", VringStatePayload),
-    Request(11, "GET_VRING_BASE", VringStatePayload, reply=VringStatePayload),
-    Request(12, "SET_VRING_KICK", VringFd, fds=(0, 1)),
-    Request(13, "SET_VRING_CALL", VringFd, fds=(0, 1)),
-    Request(14, "SET_VRING_ERR", VringFd, fds=(0, 1)),
-    Request(15, "GET_PROTOCOL_FEATURES", reply=U64),
+    Request(8, "SET_VRING_NUM", VringStatePayload, goes=Goes.OWNER),
+    Request(9, "SET_VRING_ADDR", VringAddr, goes=Goes.OWNER),
+    Request(10, "SET_VRING_BASE", VringStatePayload, goes=Goes.OWNER),
+    Request(11, "GET_VRING_BASE", VringStatePayload, reply=VringStatePayload, goes=Goes.OWNER),
+    Request(12, "SET_VRING_KICK", VringFd, fds=(0, 1), goes=Goes.OWNER),
+    Request(13, "SET_VRING_CALL", VringFd, fds=(0, 1), goes=Goes.OWNER),
+    Request(14, "SET_VRING_ERR", VringFd, fds=(0, 1), goes=Goes.OWNER),
+    Request(15, "GET_PROTOCOL_FEATURES", reply=U64, goes=Goes.FIRST),
     Request(16, "SET_PROTOCOL_FEATURES", U64),
-    Request(17, "GET_QUEUE_NUM", reply=U64, gate=_PF.MQ),
-    Request(18, "SET_VRING_ENABLE", VringStatePayload),
-    Request(19, "SEND_RARP", Mac, gate=_PF.RARP),
+    Request(17, "GET_QUEUE_NUM", reply=U64, gate=_PF.MQ, goes=Goes.FIRST),
+    Request(18, "SET_VRING_ENABLE", VringStatePayload, goes=Goes.OWNER),
+    Request(19, "SEND_RARP", Mac, gate=_PF.RARP, goes=Goes.FIRST),
     Request(20, "NET_SET_MTU", U64, gate=_PF.MTU),
     Request(21, "SET_BACKEND_REQ_FD", fds=(1, 1), gate=_PF.BACKEND_REQ),
     Request(22, "IOTLB_MSG", IotlbMessage, reply=U64, failed=U64(1)),
-    Request(23, "SET_VRING_ENDIAN", VringStatePayload, gate=_PF.CROSS_ENDIAN),
-    Request(24, "GET_CONFIG", Config, reply=Config, gate=_PF.CONFIG, failed=Empty()),
+    Request(23, "SET_VRING_ENDIAN", VringStatePayload, gate=_PF.CROSS_ENDIAN, goes=Goes.OWNER),
+    Request(24, "GET_CONFIG", Config, reply=Config, gate=_PF.CONFIG, failed=Empty(), goes=Goes.FIRST),
     Request(25, "SET_CONFIG", Config, gate=_PF.CONFIG),
     Request(26, "CREATE_CRYPTO_SESSION", CryptoSession, reply=CryptoSession, gate=_PF.CRYPTO_SESSION, failed=CryptoSession(0, b"", -1)),
     Request(27, "CLOSE_CRYPTO_SESSION", U64, gate=_PF.CRYPTO_SESSION),
     Request(28, "POSTCOPY_ADVISE", reply=Empty, gate=_PF.PAGEFAULT),
     Request(29, "POSTCOPY_LISTEN", gate=_PF.PAGEFAULT),
     Request(30, "POSTCOPY_END", reply=U64, gate=_PF.PAGEFAULT, failed=U64(1)),
-    Request(31, "GET_INFLIGHT_FD", Inflight, reply=Inflight, gate=_PF.INFLIGHT_SHMFD),
+    Request(31, "GET_INFLIGHT_FD", Inflight, reply=Inflight, gate=_PF.INFLIGHT_SHMFD, goes=Goes.FIRST),
     Request(32, "SET_INFLIGHT_FD", Inflight, fds=(1, 1), gate=_PF.INFLIGHT_SHMFD),
-    Request(33, "GPU_SET_SOCKET", fds=(1, 1)),
+    Request(33, "GPU_SET_SOCKET", fds=(1, 1), goes=Goes.FIRST),
     Request(34, "RESET_DEVICE", gate=_PF.RESET_DEVICE),
-    Request(35, "VRING_KICK", VringStatePayload, gate=_PF.INBAND_NOTIFICATIONS),
-    Request(36, "GET_MAX_MEM_SLOTS", reply=U64, gate=_PF.CONFIGURE_MEM_SLOTS),
+    Request(35, "VRING_KICK", VringStatePayload, gate=_PF.INBAND_NOTIFICATIONS, goes=Goes.OWNER),
+    Request(36, "GET_MAX_MEM_SLOTS", reply=U64, gate=_PF.CONFIGURE_MEM_SLOTS, goes=Goes.FIRST),
     Request(37, "ADD_MEM_REG", MemReg, fds=(1, 1), gate=_PF.CONFIGURE_MEM_SLOTS),
     Request(38, "REM_MEM_REG", MemReg, fds=(0, 1), gate=_PF.CONFIGURE_MEM_SLOTS),
     Request(39, "SET_STATUS", U64, gate=_PF.STATUS),
-    Request(40, "GET_STATUS", reply=U64, gate=_PF.STATUS),
-    Request(41, "GET_SHARED_OBJECT", Shared, reply=Shared, gate=_PF.SHARED_OBJECT, failed=Shared(UUID(int=0))),
-    Request(42, "SET_DEVICE_STATE_FD", DeviceState, U64, (1, 1), gate=_PF.DEVICE_STATE, failed=U64(STATE_FAILED | STATE_NO_FD)),
-    Request(43, "CHECK_DEVICE_STATE", reply=U64, gate=_PF.DEVICE_STATE, failed=U64(STATE_FAILED)),
-    Request(44, "GET_SHMEM_CONFIG", reply=ShmemConfig, gate=_PF.SHMEM),
-    Request(45, "GET_VRING_BASE_SKIP_DRAIN", VringStatePayload, reply=VringStatePayload, gate=_PF.GET_VRING_BASE_SKIP_DRAIN),
+    Request(40, "GET_STATUS", reply=U64, gate=_PF.STATUS, goes=Goes.FIRST),
+    Request(41, "GET_SHARED_OBJECT", Shared, reply=Shared, gate=_PF.SHARED_OBJECT, failed=Shared(UUID(int=0)), goes=Goes.FIRST),
+    Request(42, "SET_DEVICE_STATE_FD", DeviceState, U64, (1, 1), gate=_PF.DEVICE_STATE, failed=U64(STATE_FAILED | STATE_NO_FD), goes=Goes.FIRST),
+    Request(43, "CHECK_DEVICE_STATE", reply=U64, gate=_PF.DEVICE_STATE, failed=U64(STATE_FAILED), goes=Goes.FIRST),
+    Request(44, "GET_SHMEM_CONFIG", reply=ShmemConfig, gate=_PF.SHMEM, goes=Goes.FIRST),
+    Request(45, "GET_VRING_BASE_SKIP_DRAIN", VringStatePayload, reply=VringStatePayload, gate=_PF.GET_VRING_BASE_SKIP_DRAIN, goes=Goes.OWNER),
 )
 _BACKEND_ROWS = (
     Request(1, "IOTLB_MSG", IotlbMessage),
-    Request(2, "CONFIG_CHANGE_MSG", gate=_PF.CONFIG),
+    Request(2, "CONFIG_CHANGE_MSG", gate=_PF.CONFIG, goes=Goes.FIRST),
     Request(3, "VRING_HOST_NOTIFIER_MSG", VringArea, fds=(0, 1), gate=_PF.HOST_NOTIFIER),
     Request(4, "VRING_CALL", VringStatePayload, gate=_PF.INBAND_NOTIFICATIONS),
     Request(5, "VRING_ERR", VringStatePayload, gate=_PF.INBAND_NOTIFICATIONS),
@@ -1024,6 +1036,15 @@ def _collect_fds(ancillary: list[tuple[int, int, bytes]], fds: list[int]) -> Non
 def _close_all(fds: list[int]) -> None:
     while fds:
         os.close(fds.pop())
+
+
+def _take_socket(name: str, message: Message) -> socket.socket:
+    fd = message.take_fd()
+    try:
+        return socket.socket(fileno=fd)
+    except OSError as error:
+        os.close(fd)
+        raise ProtocolError(f"{name}: the file descriptor is no socket ({error})") from None
 
 
 class BackendChannel:
@@ -1373,6 +1394,10 @@ class VhostUserBackend:
 
     # What happened
 
+    def started(self, reload: Callable[[], None]) -> None:
+        """The daemon has started. `reload`, from any thread: have the device's `reload` called, in each process that serves it. Threads of the
+        device's own begin here: with worker processes, those that were there before are in none of them."""
+
     def connected(self) -> None:
         """A front-end has connected."""
 
@@ -1397,7 +1422,7 @@ class VhostUserBackend:
         (GET_VRING_BASE_SKIP_DRAIN). Completing it is of no effect from now on."""
 
     def reload(self) -> None:
-        """The administrator asks to look at the device's resources again (SIGHUP)."""
+        """The administrator asks to look at the device's resources again (SIGHUP). A worker process begins with it."""
 
 
 class VhostUserBackendMut(VhostUserBackend):
@@ -1855,11 +1880,14 @@ class _Session:
     def _set_owner(self, payload: Empty, message: Message) -> None:
         pass  # a session begins: it did with the connection
 
+    def _offered_protocol_features(self) -> int:
+        return _offered_protocol_features(self._backend) & ~self._daemon.withheld
+
     def _get_protocol_features(self, payload: Empty, message: Message) -> Payload:
-        return U64(_offered_protocol_features(self._backend))
+        return U64(self._offered_protocol_features())
 
     def _set_protocol_features(self, payload: U64, message: Message) -> None:
-        unknown = payload.value & ~_offered_protocol_features(self._backend)
+        unknown = payload.value & ~self._offered_protocol_features()
         if unknown:
             raise ProtocolError(f"SET_PROTOCOL_FEATURES {payload.value:#x} has bits that were not offered: {unknown:#x}")
         needed = _PF.GET_VRING_BASE_INFLIGHT | _PF.INFLIGHT_SHMFD
@@ -1883,18 +1911,9 @@ class _Session:
     def _set_backend_req_fd(self, payload: Empty, message: Message) -> None:
         if self._channel:
             self._channel.close()
-        sock = self._take_socket("SET_BACKEND_REQ_FD", message)
+        sock = _take_socket("SET_BACKEND_REQ_FD", message)
         self._channel = BackendChannel(sock, lambda: self._protocol_features, lambda: self._shmem().sizes, self._suspended)
         self._call(self._backend.set_backend_req_fd, self._channel)
-
-    @staticmethod
-    def _take_socket(name: str, message: Message) -> socket.socket:
-        fd = message.take_fd()
-        try:
-            return socket.socket(fileno=fd)
-        except OSError as error:
-            os.close(fd)
-            raise ProtocolError(f"{name}: the file descriptor is no socket ({error})") from None
 
     # Memory
 
@@ -1943,19 +1962,22 @@ class _Session:
     # Postcopy: the guest runs here before all of its memory has come
 
     def _postcopy_advise(self, payload: Empty, message: Message) -> Payload:
-        if self._userfault:
-            raise ProtocolError("POSTCOPY_ADVISE for the second time")
+        # A reply without a file descriptor says that there is none.
+        if self._listening:
+            log.error("POSTCOPY_ADVISE, when a postcopy migration is under way")
+            return Empty()
+        self._end_postcopy()
         try:
             self._userfault = Userfault()
         except GuestMemoryError as error:
-            log.error("POSTCOPY_ADVISE: %s", error)  # a reply without a file descriptor says so
+            log.error("POSTCOPY_ADVISE: %s", error)
         else:
             message.reply_fds.append(os.dup(self._userfault.fd))
         return Empty()
 
     def _postcopy_listen(self, payload: Empty, message: Message) -> None:
         if self._userfault is None:
-            raise ProtocolError("POSTCOPY_LISTEN without POSTCOPY_ADVISE")
+            raise Refused("there was no POSTCOPY_ADVISE")
         if self._memory.memory().regions:
             raise Refused("guest memory is mapped already: its pages may have been touched before they came")
         self._listening = True
@@ -2301,7 +2323,7 @@ class _Session:
         self._call(self._backend.close_crypto_session, payload.value)
 
     def _gpu_set_socket(self, payload: Empty, message: Message) -> None:
-        self._call(self._backend.set_gpu_socket, self._take_socket("GPU_SET_SOCKET", message))
+        self._call(self._backend.set_gpu_socket, _take_socket("GPU_SET_SOCKET", message))
 
     def _get_shared_object(self, payload: Shared, message: Message) -> Payload:
         fd = self._call(self._backend.get_shared_object, payload.uuid)
@@ -2342,6 +2364,366 @@ class _Session:
             transfer.abort()
         if forget:
             self._backend._transfer = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------------
+
+_PR_SET_PDEATHSIG = 1
+
+_NOT_SPREAD = _PF.PAGEFAULT | _PF.SHARED_OBJECT | _PF.DEVICE_STATE
+"""Protocol features that worker processes do not have: for what there is one of, and each would have its own."""
+
+
+class _Process:
+    """A worker process, as its parent has it: a session over `connection`, and a leash whose end is an end on both sides.
+
+    A byte on the leash asks for `reload`, and is answered when that is done."""
+
+    PATIENCE = 5.0
+
+    def __init__(self, connection: Connection, leash: socket.socket) -> None:
+        self.connection = connection
+        self._leash = leash
+        leash.settimeout(self.PATIENCE)
+
+    def reload(self) -> None:
+        """Have the device's `reload` called there, and wait for it."""
+        with suppress(ConnectionError):  # it has just ended
+            self._leash.send(b"r")
+            self._leash.recv(1)
+
+    def dismiss(self) -> None:
+        """It need not go on."""
+        self.connection.close()
+        with suppress(OSError):
+            self._leash.shutdown(socket.SHUT_WR)
+
+    def ended(self) -> bool:
+        """Wait for its end for a while. Returns whether it came."""
+        with self._leash:
+            try:
+                while self._leash.recv(1):
+                    pass
+            except ConnectionError:
+                pass
+            except TimeoutError:
+                return False
+        return True
+
+
+class _Nursery:
+    """A process that starts worker processes, and waits for them.
+
+    It is forked when the daemon starts and has neither threads nor connections. So each worker is a copy of a process without those, and of the
+    device as it was then: a lock that another thread holds, or a descriptor of another worker, would stay as it is in a copy for ever.
+    """
+
+    _START, _KILL = b"start", b"kill"
+
+    def __init__(self, work: Callable[[int, socket.socket, socket.socket], None], ours: Sequence[socket.socket]) -> None:
+        """`work` is what a worker does with its number, connection and leash. `ours` are sockets that are none of its business. Raises OSError."""
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _flush()
+        self._pid = os.fork()
+        if not self._pid:
+            with _to_the_end():
+                for sock in self._socket, *ours:
+                    sock.close()
+                self._tend(theirs, work)
+        theirs.close()
+
+    def start(self, number: int, interrupt: int) -> _Process:
+        """A new worker process; it may fail at once. Raises OSError when the nursery is no more."""
+        pairs = [socket.socketpair() for _ in range(2)]
+        (ours, theirs), (our_leash, their_leash) = pairs
+        try:
+            socket.send_fds(self._socket, [self._START + bytes([number])], [theirs.fileno(), their_leash.fileno()])
+        except OSError as error:
+            ours.close()
+            our_leash.close()
+            raise OSError(error.errno, f"worker processes cannot be started: {error.strerror}") from None
+        finally:
+            theirs.close()
+            their_leash.close()
+        return _Process(Connection(ours, interrupt), our_leash)
+
+    def dismiss(self, processes: Sequence[_Process]) -> None:
+        """End these, which are all there are: those that do not end by themselves are killed."""
+        for process in processes:
+            process.dismiss()
+        late = [process for process in processes if not process.ended()]
+        if late:
+            log.error("%d worker processes do not end, and are killed", len(late))
+            with suppress(OSError):  # then it has no parent, and is killed for that
+                self._socket.send(self._KILL)
+                self._socket.recv(1)
+
+    def close(self) -> None:
+        """End the nursery."""
+        self._socket.close()
+        with suppress(ChildProcessError):  # the program ignores SIGCHLD
+            os.waitpid(self._pid, 0)
+
+    # In its process
+
+    @classmethod
+    def _tend(cls, sock: socket.socket, work: Callable[[int, socket.socket, socket.socket], None]) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)  # meant for the parent, if a whole process group gets them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        children: dict[int, int] = {}  # a pidfd of each -> process id
+        while True:
+            poll = select.poll()
+            for fd in sock.fileno(), *children:
+                poll.register(fd, select.POLLIN)
+            ready = [fd for fd, _ in poll.poll()]
+            cls._bury([fd for fd in ready if fd in children], children)
+            if sock.fileno() not in ready:
+                continue
+            order, fds, _, _ = socket.recv_fds(sock, 64, 2)
+            if not order:
+                break
+            if order == cls._KILL:
+                cls._kill(children)
+                sock.send(b"k")
+            else:
+                cls._fork(order[-1], fds, sock, children, work)
+        # The parent is gone, or wants no more: the leashes have told them.
+        deadline = time.monotonic() + _Process.PATIENCE
+        while children and time.monotonic() < deadline:
+            poll = select.poll()
+            for fd in children:
+                poll.register(fd, select.POLLIN)
+            cls._bury([fd for fd, _ in poll.poll(_Process.PATIENCE * 1000)], children)
+        cls._kill(children)
+
+    @staticmethod
+    def _bury(ended: Sequence[int], children: dict[int, int]) -> None:
+        for fd in ended:
+            _, status = os.waitpid(children.pop(fd), 0)
+            os.close(fd)
+            if status:
+                log.error("a worker process has ended by %s", f"signal {status}" if status < 128 else f"status {status >> 8}")
+
+    @classmethod
+    def _kill(cls, children: dict[int, int]) -> None:
+        for pid in children.values():
+            os.kill(pid, signal.SIGKILL)
+        cls._bury(list(children), children)
+
+    @staticmethod
+    def _fork(
+        number: int, fds: list[int], sock: socket.socket, children: dict[int, int], work: Callable[[int, socket.socket, socket.socket], None]
+    ) -> None:
+        nursery = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            log.error("a worker process cannot be started: %s", error)  # its parent sees the end of the connection
+            _close_all(fds)
+            return
+        if not pid:
+            with _to_the_end():
+                sock.close()
+                _close_all(list(children))
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+                if os.getppid() == nursery:
+                    work(number, *(socket.socket(fileno=fd) for fd in fds))
+        children[os.pidfd_open(pid)] = pid
+        _close_all(fds)
+
+
+@contextmanager
+def _to_the_end() -> Iterator[None]:
+    """What a forked process does, whose end is the process's: the code around it is another process's."""
+    status = 1
+    try:
+        yield
+        status = 0
+    except BaseException:
+        log.exception("process %d failed", os.getpid())
+    finally:
+        _flush()
+        os._exit(status)
+
+
+def _flush() -> None:
+    for stream in sys.stdout, sys.stderr:
+        with suppress(OSError, ValueError, AttributeError):  # none, closed, or nobody reads it
+            stream.flush()
+
+
+class _ChannelRelay:
+    """The channel of SET_BACKEND_REQ_FD, shared by worker processes: each has a channel of its own, whose requests go to the front-end in a
+    thread that never waits for an answer. Answers come in the order of the requests, and go to those who asked."""
+
+    def __init__(self, sock: socket.socket, count: int, protocol_features: Callable[[], int]) -> None:
+        self._protocol_features = protocol_features
+        self._stop = _Event()
+        self._front_end = Connection(sock, self._stop.fd)
+        pairs = [socket.socketpair() for _ in range(count)]
+        self._processes = [Connection(ours, self._stop.fd) for ours, _ in pairs]
+        self.theirs = [theirs for _, theirs in pairs]
+        """The workers' ends, the caller's."""
+        self._asked: deque[Connection] = deque()  # for each answer that is still to come: whose it is
+        self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Close the channel; whoever waits gets no answer."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        open_ends = {process.socket.fileno(): process for process in self._processes}
+        try:
+            while True:
+                poll = select.poll()
+                for fd in self._front_end.socket.fileno(), self._stop.fd, *open_ends:
+                    poll.register(fd, select.POLLIN)
+                for fd, _ in poll.poll():
+                    if fd in open_ends:
+                        try:
+                            self._ask(open_ends[fd])
+                        except Disconnected:
+                            del open_ends[fd]
+                    else:
+                        self._answer()
+        except (InterruptedError, Disconnected):
+            pass
+        except (VhostUserError, OSError) as error:
+            log.warning("the channel for the device's requests ends: %s", error)
+        finally:
+            for connection in self._front_end, *self._processes:
+                connection.close()
+
+    def _ask(self, process: Connection) -> None:
+        with process.receive() as message:
+            row = _row_of(message, _BACKEND_BY_NUMBER)
+            if row.goes is Goes.FIRST and process is not self._processes[0]:
+                return
+            if row.reply or (message.flags & FLAG_NEED_REPLY and self._protocol_features() & _PF.REPLY_ACK):
+                self._asked.append(process)
+            try:
+                self._front_end.send(message.request, message.flags & ~VERSION, message.payload, message.fds)
+            except Disconnected as error:
+                raise ProtocolError(f"the front-end has closed it: {error}") from None
+
+    def _answer(self) -> None:
+        with self._front_end.receive() as message:
+            if not self._asked:
+                raise ProtocolError(f"the front-end answers message {message.request}, which was not sent")
+            with suppress(Disconnected):
+                self._asked.popleft().send(message.request, message.flags & ~VERSION, message.payload, message.fds)
+
+
+class _Relay:
+    """One connection that is spread over worker processes, each of which has an ordinary session: what the front-end says is handed on as the
+    request table has it, and the answers are combined. Ring i belongs to process i modulo their number."""
+
+    def __init__(self, connection: Connection, processes: Sequence[_Process], stop_fd: int) -> None:
+        self._connection = connection
+        self._processes = processes
+        self._stop_fd = stop_fd
+        self._protocol_features = 0
+        self._channel: _ChannelRelay | None = None
+
+    def run(self) -> None:
+        """Serve the connection to its end. Raises ProtocolError, Disconnected, InterruptedError, VhostUserError when a worker process has ended."""
+        try:
+            while True:
+                self._wait(self._connection)
+                with self._connection.receive() as message:
+                    self._hand_on(message)
+        finally:
+            if self._channel:
+                self._channel.close()
+
+    def _wait(self, source: Connection) -> None:
+        """Until there is something to receive from `source`, or something has come to its end."""
+        poll = select.poll()
+        for connection in self._connection, *(process.connection for process in self._processes):
+            poll.register(connection.socket, select.POLLIN if connection is source else select.POLLRDHUP)
+        poll.register(self._stop_fd, select.POLLIN)
+        ready = dict(poll.poll())
+        if self._stop_fd in ready:
+            raise InterruptedError("asked to stop")
+        if source.socket.fileno() in ready:
+            return
+        for number, process in enumerate(self._processes):
+            if process.connection.socket.fileno() in ready:
+                raise self._ended(number)
+        raise Disconnected("the peer closed the connection before it had its answer")
+
+    @staticmethod
+    def _ended(number: int) -> VhostUserError:
+        return VhostUserError(f"worker process {number} has ended it, or is no more: see what it has logged")
+
+    def _hand_on(self, message: Message) -> None:
+        row = _row_of(message, _BY_NUMBER)
+        numbers = self._numbers(row, message)
+        if row.name == "SET_PROTOCOL_FEATURES":
+            self._protocol_features = U64.unpack(message.payload).value
+        answered = row.reply or (message.flags & FLAG_NEED_REPLY and self._protocol_features & _PF.REPLY_ACK)
+        if row.name == "SET_BACKEND_REQ_FD" and len(message.fds) == 1:
+            self._share_channel(message)
+        else:
+            for number in numbers:
+                self._send(number, message, message.fds)
+        if answered:
+            self._answer(row, [self._receive(number, row) for number in numbers])
+
+    def _numbers(self, row: Request, message: Message) -> Sequence[int]:
+        if row.goes is Goes.FIRST:
+            return (0,)
+        if row.goes is Goes.ALL:
+            return range(len(self._processes))
+        payload: Any = row.payload.unpack(message.payload)
+        return (payload.index % len(self._processes),)
+
+    def _send(self, number: int, message: Message, fds: Sequence[int]) -> None:
+        try:
+            self._processes[number].connection.send(message.request, message.flags & ~FLAG_VERSION_MASK, message.payload, fds)
+        except Disconnected:
+            raise self._ended(number) from None
+
+    def _receive(self, number: int, row: Request) -> Message:
+        connection = self._processes[number].connection
+        self._wait(connection)
+        try:
+            answer = connection.receive()
+        except (Disconnected, ProtocolError):
+            raise self._ended(number) from None
+        return answer
+
+    def _answer(self, row: Request, answers: Sequence[Message]) -> None:
+        """One for all: the first that tells of a failure, or else what all say."""
+        with ExitStack() as stack:
+            for answer in answers:
+                stack.enter_context(answer)
+            failed = row.failed.pack() if row.failed else None
+            good = answers[0].payload if row.reply else bytes(8)
+            for answer in answers:
+                if answer.payload == failed or (answer.payload != good and row.reply is None):
+                    self._connection.send(row.number, FLAG_REPLY, answer.payload)
+                    return
+                if answer.payload != good:
+                    raise VhostUserError(f"{row.name}: worker processes answer differently")
+            self._connection.send(row.number, FLAG_REPLY, good, answers[0].fds)
+
+    def _share_channel(self, message: Message) -> None:
+        if self._channel:
+            self._channel.close()
+        sock = _take_socket("SET_BACKEND_REQ_FD", message)
+        self._channel = _ChannelRelay(sock, len(self._processes), lambda: self._protocol_features)
+        with ExitStack() as stack:
+            for theirs in self._channel.theirs:
+                stack.enter_context(theirs)
+            for number, theirs in enumerate(self._channel.theirs):
+                self._send(number, message, (theirs.fileno(),))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -2414,27 +2796,64 @@ def _connected(path: str | os.PathLike[str]) -> socket.socket:
     return sock
 
 
+def _wait_in_main_thread(fd: int) -> None:
+    """Until `fd` is readable, which signal handlers run meanwhile: a signal that comes just before a thread waits for a lock, or joins, would not
+    be handled before that ends."""
+    pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    previous = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.register(pipe[0], select.POLLIN)
+        while fd not in dict(poll.poll()):
+            with suppress(BlockingIOError):
+                numbers = os.read(pipe[0], 4096)
+                if previous != -1:
+                    os.write(previous, numbers)
+    finally:
+        signal.set_wakeup_fd(previous)
+        for end in pipe:
+            os.close(end)
+
+
 class VhostUserDaemon:
     """Serves a device to front-ends: one control thread for the connection, and a worker for each of `queues_per_thread`.
 
     One front-end at a time: the next one is accepted after it has left.
+
+    With `processes`, queue i is served by worker process i modulo their number, so that a Python with a GIL uses several cores. Each has a copy of
+    the device as it was when the daemon started, and workers of its own; front-ends see one device. All get each change of features, memory, config
+    space and status. Requests for what there is one of (config space is read, say) go to the first. What the device keeps elsewhere has to be in
+    files or in shared memory. Each connection has new processes. Not for devices that register listeners, or that have PAGEFAULT, SHARED_OBJECT or
+    DEVICE_STATE, which are not offered then. To be started before there are other threads.
     """
 
     _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between attempts to reconnect
 
     def __init__(
-        self, name: str, backend: VhostUserBackend, mem: GuestMemoryAtomic | None = None, vring: type[VringState] = VringMutex, poll_us: int = 0
+        self,
+        name: str,
+        backend: VhostUserBackend,
+        mem: GuestMemoryAtomic | None = None,
+        vring: type[VringState] = VringMutex,
+        poll_us: int = 0,
+        processes: int = 1,
     ) -> None:
         """`vring` is the class of rings: VringMutex or VringRwLock. `poll_us`: how many microseconds a worker at most looks at a ring that it
-        has emptied before it sleeps; it does so only while that pays. Raises ValueError for a device that cannot be."""
+        has emptied before it sleeps; it does so only while that pays. `processes`: worker processes, 1: none but this one. Raises ValueError for
+        a device that cannot be."""
         if not issubclass(vring, (VringMutex, VringRwLock)):
             raise ValueError(f"{vring.__name__} has no lock, and a daemon has several threads")
         if not 1 <= backend.num_queues <= 256:
             raise ValueError(f"a device of {backend.num_queues} queues: must be 1 to 256")
         if poll_us < 0:
             raise ValueError(f"polling for {poll_us} µs")
+        if processes < 1:
+            raise ValueError(f"{processes} processes: must be at least 1")
         self.name = name
         self.backend = backend
+        self.withheld = 0
+        """Protocol features that are not offered here, whatever the device."""
         self.memory = mem or GuestMemoryAtomic()
         self.vrings = [vring(self.memory, backend.max_queue_size, index) for index in range(backend.num_queues)]
         self.calls = TurnLock() if isinstance(backend, VhostUserBackendMut) else NoLock()
@@ -2446,14 +2865,19 @@ class VhostUserDaemon:
         self._workers: list[VringEpollHandler] = []
         self._thread: threading.Thread | None = None
         self._stop = _Event()
+        self._ended = _Event()
         self._failure: BaseException | None = None
+        self._count = min(processes, backend.num_queues)  # of worker processes, if more than 1
+        self._nursery: _Nursery | None = None
+        self._processes: Sequence[_Process] = ()  # of this connection
+        self._reloading = threading.Lock()
 
     # What a program uses
 
     def start(self, listener: Listener | str | os.PathLike[str]) -> None:
         """Serve whoever connects, one after another, in threads of the daemon's own, until `shutdown`. Raises OSError when it cannot listen."""
         source = listener if isinstance(listener, Listener) else Listener(listener)
-        self._start(lambda: self._serve_listener(source))
+        self._start(lambda: self._serve_listener(source), source.socket)
 
     def start_client(self, path: str | os.PathLike[str], reconnect: bool = False) -> None:
         """Connect to a front-end that listens, and serve it until it leaves; with `reconnect`, try for it again and again, until `shutdown`.
@@ -2469,7 +2893,7 @@ class VhostUserDaemon:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             self.start(Listener.from_socket(sock))
         else:
-            self._start(lambda: self._serve_connection(sock))
+            self._start(lambda: self._serve_connection(sock), sock)
 
     def serve(self, path: str | os.PathLike[str]) -> None:
         """`start` and `wait`."""
@@ -2478,8 +2902,10 @@ class VhostUserDaemon:
 
     def wait(self) -> None:
         """Wait until the daemon has ended. Raises what ended it, unless that was `shutdown` or the front-end's leaving."""
-        while self._thread and self._thread.is_alive():
-            self._thread.join(1.0)  # a signal that comes just before it blocks is not handled until it returns
+        if self._thread:
+            if threading.current_thread() is threading.main_thread():
+                _wait_in_main_thread(self._ended.fd)
+            self._thread.join()
         if self._failure:
             raise self._failure
 
@@ -2488,11 +2914,19 @@ class VhostUserDaemon:
         self._stop.set()
 
     def get_epoll_handlers(self) -> Sequence[VringEpollHandler]:
-        """The workers, in the order of `queues_per_thread`, once the daemon is started."""
+        """The workers, in the order of `queues_per_thread`, once the daemon is started; none here with worker processes."""
         return self._workers
 
     def reload(self) -> None:
-        """Have the device look at its resources again."""
+        """Have the device look at its resources again, in all worker processes if there are any."""
+        with self._reloading:
+            for process in reversed(self._processes):  # the first comes last: it tells the front-end, when all others know
+                try:
+                    process.reload()
+                except TimeoutError:
+                    log.error("reload of the device does not end in a worker process")
+        if self._nursery:
+            return
         try:
             with self.calls:
                 self.backend.reload()
@@ -2508,9 +2942,26 @@ class VhostUserDaemon:
 
     # Threads
 
-    def _start(self, control: Callable[[], None]) -> None:
+    def _start(self, control: Callable[[], None], *ours: socket.socket) -> None:
         if self._thread:
             raise RuntimeError(f"daemon {self.name} was started already")
+        if self._count > 1:
+            self._nursery = _Nursery(self._work, ours)
+        else:
+            self._start_workers()
+        self._thread = threading.Thread(target=self._run, args=(control,), name=f"{self.name}-control", daemon=True)
+        self._thread.start()
+        if not self.withheld:
+            self._tell_started()
+
+    def _tell_started(self) -> None:
+        try:
+            with self.calls:
+                self.backend.started(self.reload)
+        except Exception:
+            log.exception("started of the device failed")
+
+    def _start_workers(self) -> None:
         for thread_id, mask in enumerate(self._masks):
             own = [vring for vring in self.vrings if mask >> vring.index & 1]
             self._workers.append(VringEpollHandler(self.name, self.backend, self.calls, own, thread_id, self._poll_us))
@@ -2518,8 +2969,6 @@ class VhostUserDaemon:
             ((worker, position) for worker in self._workers for position in range(len(worker.vrings))),
             key=lambda place: place[0].vrings[place[1]].index,
         )
-        self._thread = threading.Thread(target=self._run, args=(control,), name=f"{self.name}-control", daemon=True)
-        self._thread.start()
 
     def _run(self, control: Callable[[], None]) -> None:
         try:
@@ -2532,6 +2981,9 @@ class VhostUserDaemon:
                 worker.send_exit_event()
             for worker in self._workers:
                 worker.join()
+            if self._nursery:
+                self._nursery.close()
+            self._ended.set()
 
     def _serve_listener(self, listener: Listener) -> None:
         try:
@@ -2563,7 +3015,10 @@ class VhostUserDaemon:
         connection = Connection(sock, self._stop.fd)
         log.info("%s: a front-end has connected", self.name)
         try:
-            _Session(self, connection).run()
+            if self._nursery:
+                self._spread(connection, self._nursery)
+            else:
+                _Session(self, connection).run()
         except InterruptedError:
             log.info("%s: shutting down", self.name)
         except Disconnected as reason:
@@ -2572,6 +3027,36 @@ class VhostUserDaemon:
             log.error("%s: the connection ends: %s", self.name, error)
         finally:
             connection.close()
+
+    # Processes
+
+    def _spread(self, connection: Connection, nursery: _Nursery) -> None:
+        """Serve a connection with new worker processes."""
+        processes: list[_Process] = []
+        try:
+            processes.extend(nursery.start(number, self._stop.fd) for number in range(self._count))  # those before one that fails are in it
+            with self._reloading:
+                self._processes = processes
+            _Relay(connection, processes, self._stop.fd).run()
+        finally:
+            with self._reloading:
+                self._processes = ()
+            nursery.dismiss(processes)  # before there are others: they still have the guest's memory
+
+    def _work(self, number: int, sock: socket.socket, leash: socket.socket) -> None:
+        """What a worker process does, with its own copy of this daemon."""
+        self._stop = _Event()  # the other one is the parent's
+        self.name = f"{self.name}-{number}"
+        self.withheld = int(_NOT_SPREAD)
+        self._count = 1
+        self.reload()
+        self._start(lambda: self._serve_connection(sock), sock)
+        while leash.recv(1):
+            self.reload()
+            leash.send(b"r")
+        self.shutdown()
+        self.wait()
+        leash.detach()  # it ends with the process, not before
 
     # For sessions
 
@@ -3123,7 +3608,11 @@ def run_device(
         device = build(parsed)
         device.iommu |= parsed.iommu
         device.postcopy |= parsed.postcopy
-        daemon = VhostUserDaemon(kind, device, poll_us=parsed.poll_us)
+        if parsed.processes > 1 and not getattr(sys, "_is_gil_enabled", lambda: True)():
+            raise ValueError(
+                "--processes is for a Python with a GIL: here threads use all cores, if the device has several (as the disk's --threads)"
+            )
+        daemon = VhostUserDaemon(kind, device, poll_us=parsed.poll_us, processes=parsed.processes)
         _install_signals(daemon)
         survive_truncation()
         gc.freeze()  # what is there now stays: the collector need not look at it again
@@ -3151,6 +3640,7 @@ def _parser(kind: str, options: Callable[[argparse.ArgumentParser], object] | No
     parser.add_argument("--postcopy", action="store_true", help="let a migration run the guest here before all of its memory has come")
     parser.add_argument("--poll-us", type=int, default=0, metavar="N", help="look at an emptied ring for up to N µs before sleeping, while that pays")
     parser.add_argument("--iommu", action="store_true", help="offer VIRTIO_F_ACCESS_PLATFORM: the device may be behind an IOMMU of the guest's")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="worker processes that share the queues (default 1), to use more cores")
     parser.add_argument("--print-capabilities", action="store_true", help="tell what this program can do, as JSON, and end")
     parser.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"), help="debug shows each message")
     if options:

@@ -234,14 +234,15 @@ def _in_memory(fd: int) -> bool:
 class RamImage(Image):
     """Zeroed memory of this process, gone with it."""
 
-    def __init__(self, size: int) -> None:
-        """`size` in bytes. Raises ValueError when there is none, OSError when it cannot be had."""
+    def __init__(self, size: int, shared: bool = False) -> None:
+        """`size` in bytes; `shared`: with processes that are forked from this one. Raises ValueError when there is none, OSError when it cannot be
+        had."""
         if size <= 0:
             raise ValueError(f"a disk of {size} bytes")
         self.name = "ram"
         if size > sys.maxsize:
             raise OSError(errno.ENOMEM, f"a disk of {size} bytes does not fit memory")
-        self._memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = mmap.mmap(-1, size, (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | mmap.MAP_ANONYMOUS)
         self._view = memoryview(self._memory)
         self.read = self._read
         self.write = self._write
@@ -385,10 +386,18 @@ class Blk(VhostUserBackend):
     max_queue_size = 1024
 
     def __init__(
-        self, image: Image, *, read_only: bool = False, num_queues: int = 1, threads: int = 1, block_size: int = SECTOR, serial: str = ""
+        self,
+        image: Image,
+        *,
+        read_only: bool = False,
+        num_queues: int = 1,
+        threads: int = 1,
+        block_size: int = SECTOR,
+        serial: str = "",
+        watch: bool = False,
     ) -> None:
         """`threads` workers share the queues. `block_size`: of logical blocks, a power of two from 512. `serial`: up to 20 bytes; the image's
-        name by default. Raises ValueError."""
+        name by default. `watch`: notice by itself that a file has another size. Raises ValueError."""
         if block_size < SECTOR or block_size & (block_size - 1):
             raise ValueError(f"a block size of {block_size}: must be a power of two, {SECTOR} or more")
         if not 1 <= num_queues <= 256 or not threads >= 1:
@@ -397,6 +406,7 @@ class Blk(VhostUserBackend):
         self.read_only = read_only
         self.num_queues = num_queues
         self._threads = min(threads, num_queues)
+        self._watch = watch
         self._serial = (serial or image.name).encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._capacity = image.size() // SECTOR
         self._durable_writes = False
@@ -434,6 +444,13 @@ class Blk(VhostUserBackend):
         return [sum(1 << queue for queue in range(thread, self.num_queues, self._threads)) for thread in range(self._threads)]
 
     # State
+
+    def started(self, reload: Callable[[], None]) -> None:
+        if self._watch and isinstance(self.image, FileImage):
+            try:
+                SizeWatch(self.image.path, reload)
+            except OSError as error:  # no inotify left, say
+                log.warning("%s is not watched for growth, SIGHUP still works: %s", self.image.path, error)
 
     def acked_features(self, features: int) -> None:
         # A driver that cannot flush expects that a write is durable when it is done (virtio 1.3 §5.2.6.2). The same features come again when
@@ -611,21 +628,20 @@ def _build(arguments: argparse.Namespace) -> Blk:
     if (arguments.blk_file is None) == (arguments.ram is None):
         raise ValueError("one of --blk-file and --ram is needed")
     mapped = {"auto": None, "sync": False, "mmap": True}[arguments.aio]
-    image = RamImage(arguments.ram) if arguments.ram is not None else FileImage(arguments.blk_file, arguments.read_only, mapped)
-    disk = Blk(
+    image = (
+        RamImage(arguments.ram, shared=arguments.processes > 1)
+        if arguments.ram is not None
+        else FileImage(arguments.blk_file, arguments.read_only, mapped)
+    )
+    return Blk(
         image,
         read_only=arguments.read_only,
         num_queues=arguments.num_queues,
         threads=arguments.threads or (1 if _has_gil() else arguments.num_queues),
         block_size=arguments.block_size,
         serial=arguments.serial,
+        watch=True,
     )
-    if isinstance(image, FileImage):
-        try:
-            SizeWatch(image.path, disk.reload)
-        except OSError as error:  # no inotify left, say
-            log.warning("%s is not watched for growth, SIGHUP still works: %s", image.path, error)
-    return disk
 
 
 def _has_gil() -> bool:

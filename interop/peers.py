@@ -100,7 +100,9 @@ class Disk:
     num_queues: int = 1
     packed: bool = True  # whether packed rings may be offered
     iommu: bool = False
+    postcopy: bool = False
     log_level: str = "warning"
+    processes: int = 1
 
 
 # User-mode Linux takes every feature that it is offered, so split rings there are for the device to ask for.
@@ -117,7 +119,9 @@ def _our_disk(disk: Disk, socket: Path) -> list[str]:
         f"--num-queues={disk.num_queues}",
         *(["--read-only"] if disk.read_only else []),
         *(["--iommu"] if disk.iommu else []),
+        *(["--postcopy"] if disk.postcopy else []),
         f"--log-level={disk.log_level}",
+        f"--processes={disk.processes}",
     ]
 
 
@@ -155,7 +159,7 @@ class DiskKind:
 
 DISKS = {
     "ours": DiskKind(_our_disk),
-    "qsd": DiskKind(_sid_storage_daemon, frozenset({"packed", "in_order", "resize"})),
+    "qsd": DiskKind(_sid_storage_daemon, frozenset({"packed", "in_order", "processes", "resize"})),
 }
 
 

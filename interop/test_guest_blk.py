@@ -63,11 +63,11 @@ class SharedGuest(InteropTest):
             self._drop_guest()
             raise
 
-    def exercise(self, with_: Sequence[int], without: Sequence[int] = (), **properties: bool | int) -> None:
+    def exercise(self, with_: Sequence[int], without: Sequence[int] = (), processes: int = 1, **properties: bool | int) -> None:
         """One configuration: file system, verified random writes, and the image on the host has it all."""
         image = self.image("disk.img", SIZE)
         queues = properties.get("num_queues", 1)
-        serve_disk(self, Disk(image, num_queues=queues), self.dir / "disk.sock")
+        serve_disk(self, Disk(image, num_queues=queues, processes=processes), self.dir / "disk.sock")
         with self.plugged(**properties) as guest:
             diskcheck.expect_features(guest, with_, without)
             diskcheck.filesystem(guest)
@@ -86,6 +86,15 @@ class Newest(SharedGuest):
 
     def test_two_queues_on_two_cpus(self) -> None:
         self.exercise((MQ,), num_queues=2)
+
+    def test_two_processes(self) -> None:
+        """Each queue in a process of its own; what one has written is what the other reads."""
+        needs_disk("processes")
+        self.exercise((MQ, EVENT_IDX), num_queues=2, processes=2)
+
+    def test_two_processes_packed(self) -> None:
+        needs_disk("processes", "packed")
+        self.exercise((MQ, RING_PACKED), num_queues=2, processes=2, packed=True)
 
     def test_event_idx_off(self) -> None:
         self.exercise((INDIRECT_DESC,), without=(EVENT_IDX,), event_idx=False)

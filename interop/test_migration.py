@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -99,6 +100,33 @@ class Migration(InteropTest):
         self.assertRegex(output, r"^\d+ runs")
         self.assertIn("err= 0", output)
         same_content(target, image)
+
+    def test_postcopy(self) -> None:
+        """The guest moves before most of its memory has: the rings and buffers that the disk touches come when they are touched."""
+        image = self.image("disk.img", SIZE)
+        source, target = self.machines(self.start_postcopy, [image])
+        for guest in source, target:
+            guest.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "postcopy-ram", "state": True}])
+        source.run(LOAD)
+        source.run("(while [ ! -e /tmp/stop ]; do dd if=/dev/urandom of=/tmp/dirt bs=64k count=500 conv=notrunc; done) >/dev/null 2>&1 &")
+        self.begin(source, target, bandwidth=16 * MIB)
+        self.wait(source, lambda state: state.get("ram", {}).get("transferred", 0) > 4 * MIB)
+        source.qmp.execute("migrate-start-postcopy")
+        self.finish(source)
+        time.sleep(1)
+        output = target.run("touch /tmp/stop; for i in $(seq 600); do [ -e /tmp/done ] && break; sleep 0.1; done; cat /tmp/done /tmp/fio")
+        self.assertRegex(output, r"^\d+ runs")
+        self.assertIn("err= 0", output)
+        same_content(target, image)
+        log = (self.dir / "target0.log").read_text()
+        order = re.findall(r"<- (POSTCOPY_\w+|SET_MEM_TABLE \d+ regions|SET_VRING_KICK)", log)
+        self.assertEqual(order[:2], ["POSTCOPY_ADVISE", "POSTCOPY_LISTEN"], order)
+        self.assertRegex(order[2], "SET_MEM_TABLE [1-9]")
+        self.assertEqual(order[3:5], ["SET_MEM_TABLE 0 regions", "SET_VRING_KICK"])
+        self.assertIn("POSTCOPY_END", order)
+
+    def start_postcopy(self, image: Path, name: str) -> None:
+        serve_disk(self, Disk(image, postcopy=True, log_level="debug"), self.dir / name)
 
     def test_device_state(self) -> None:
         """What a device alone knows goes from one back-end through both QEMUs to the other, more of it than a pipe holds."""

@@ -1,6 +1,7 @@
 """What a request costs, beside what the kernel's own read of 4 KiB costs.
 
     python3 -m tools.bench [--quick] [--json] [--depth N] [--rounds N]
+    python3 -m tools.bench --program [--quick] [--rounds N]
 
 For each ring format, kind of chain and use of buffers, three things are timed in this process: the ring alone (a device that does
 nothing but complete each chain), and devices/blk.py reading 4 KiB from RAM and from a file in the page cache. A driver fills a ring with
@@ -10,6 +11,10 @@ No thread, socket or eventfd is in it: those cost per wake-up, not per request (
     direct, indirect   a chain of three descriptors (header, data, status) in the ring, or in an indirect table
     reused, fresh      the driver uses its buffers again and again, or each request has data at another address than
                        all the ones before it, as the page cache of a guest gives
+
+With `--program` the disk runs as a program instead, for a guest of 64 GiB (sparse): how long it takes until its ring is set up beyond what
+Python itself takes, its own memory, and how fast 1 and 2 queues in 1 and 2 processes are. For the latter the front-end fills the rings beforehand;
+what is timed is from the kick to the last used entry, when the front-end sleeps: all cores are the back-end's.
 
 Machines are noisy. So all cases take turns, round by round, with `os.preadv` among them: `ratio` is the median over the rounds of
 a case's time by that of preadv in the same round. The times are the lowest of all rounds.
@@ -22,6 +27,8 @@ import json
 import os
 import platform
 import random
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +41,7 @@ from statistics import median
 
 from devices.blk import Blk, FileImage, Image, RamImage
 from guest_memory import GuestMemoryAtomic, GuestMemoryMmap
+from vhost_user import Frontend, FrontendQueue
 from vring import (
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC,
@@ -47,6 +55,7 @@ from vring import (
     VringT,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 4096
 QUEUE_SIZE = 256
 RIGS_AT = 1 << 20  # guest address of the first rig's area: ring, request headers, indirect tables
@@ -256,6 +265,104 @@ def as_json(results: Sequence[Result], arguments: argparse.Namespace) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# The disk as a program
+# ---------------------------------------------------------------------------------------------------------------------------
+
+GUEST = 64 << 30
+ENTRIES = 1024
+SPREADS = ((1, 1), (2, 1), (2, 2))  # queues, processes
+
+
+class Program:
+    """devices/blk.py as a program, with a front-end; what it took to start, in seconds."""
+
+    def __init__(self, folder: Path, queues: int = 1, processes: int = 1, memory: int = GUEST) -> None:
+        path, notify = folder / "disk.sock", folder / "notify.sock"
+        argv = [sys.executable, "-m", "devices.blk", "--socket-path", str(path), "--blk-file", str(folder / "disk.img")]
+        argv += [f"--num-queues={queues}", f"--processes={processes}"]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
+            ready.bind(str(notify))
+            start = time.perf_counter()
+            self._child = subprocess.Popen(argv, cwd=ROOT, env=dict(os.environ, NOTIFY_SOCKET=str(notify)), stdin=subprocess.DEVNULL)
+            ready.settimeout(30)
+            ready.recv(16)
+        notify.unlink()
+        self.frontend = Frontend.connect(path)
+        self.queues = self.frontend.setup(queues, ENTRIES, memory=memory)
+        self.seconds = time.perf_counter() - start
+        self._taken = 0  # used index of each ring
+
+    def read_all(self, size: int, count: int) -> float:
+        """`count` random reads of `size` bytes in each queue: requests per second."""
+        for queue in self.queues:
+            self._fill(queue, size, count)
+            queue.driver.publish()
+        start = time.perf_counter()
+        for queue in self.queues:
+            queue.kick()
+        self._taken = self._taken + count & 0xFFFF
+        for queue in self.queues:
+            while self.frontend.memory.read(queue.driver.areas[2] + 2, 2) != self._taken.to_bytes(2, "little"):
+                time.sleep(0.0002)
+        seconds = time.perf_counter() - start
+        if any(len(queue.driver.used()) != count for queue in self.queues):
+            raise RuntimeError("requests did not come back")
+        return len(self.queues) * count / seconds
+
+    def _fill(self, queue: FrontendQueue, size: int, count: int) -> None:
+        at = self.frontend.arena[0] + queue.index * (count * (size + 32) + 4096)
+        for request in range(count):
+            header = at + 32 * request
+            data = at + 32 * count + size * request
+            self.frontend.memory.write(header, (random.randrange(0, IMAGE_SIZE - size, size) // 512 << 64).to_bytes(16, "little"))
+            queue.driver.add([(header, 16)], [(data, size), (header + 16, 1)], None)
+
+    def resident(self) -> dict[str, int]:
+        """Its own resident memory in KiB by kind, without guest memory that it shares."""
+        with open(f"/proc/{self._child.pid}/status", encoding="ascii") as status:
+            return {line.split(":")[0]: int(line.split()[1]) for line in status if line.startswith(("RssAnon", "RssFile"))}
+
+    def close(self) -> None:
+        """End it."""
+        self.frontend.close()
+        self._child.terminate()
+        self._child.wait()
+
+
+def _python_alone() -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", ""], cwd=ROOT, stdin=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
+def programs(folder: Path, rounds: int) -> Iterator[str]:
+    """The lines of the report."""
+    _image(folder).close()
+    beyond, alone = [], []
+    resident: dict[str, int] = {}
+    for _ in range(max(3, rounds // 4)):
+        alone.append(_python_alone())
+        program = Program(folder)
+        beyond.append(program.seconds - alone[-1])
+        program.read_all(BLOCK, 64)
+        resident = program.resident()
+        program.close()
+    yield f"guest of {GUEST >> 30} GiB: Python alone {median(alone) * 1e3:.0f} ms, until the ring is set up {median(beyond) * 1e3:.0f} ms more"
+    yield "resident: " + ", ".join(f"{name} {kib / 1024:.1f} MiB" for name, kib in resident.items())
+    for size, count in (4096, 1000), (131072, 1000):
+        rates: dict[tuple[int, int], list[float]] = {spread: [] for spread in SPREADS}
+        for _ in range(max(3, rounds // 8)):
+            for spread in SPREADS:
+                program = Program(folder, *spread, memory=1 << 30)
+                program.read_all(size, count)
+                rates[spread].append(median(program.read_all(size, count) for _ in range(8)))
+                program.close()
+        for (queues, processes), found in rates.items():
+            ratio = median(mine / one for mine, one in zip(found, rates[SPREADS[0]], strict=True))
+            yield f"reads of {size:6}, {queues} queues in {processes} processes: {median(found):9,.0f}/s, {ratio:.2f} of the first"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # The program
 # ---------------------------------------------------------------------------------------------------------------------------
 
@@ -270,6 +377,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python3 -m tools.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few rounds: whether it works, not how fast")
+    parser.add_argument("--program", action="store_true", help="the disk as a program: start-up, memory, processes")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--depth", type=int, default=32, help=f"requests in the ring at a time, up to {QUEUE_SIZE // 3} (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=60, help="(default %(default)s)")
@@ -286,6 +394,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # the page cache alone, whatever the disks do
     with tempfile.TemporaryDirectory(prefix="vhost-user-bench-", dir=shm) as folder, ExitStack() as stack:
+        if arguments.program:
+            print("\n".join(programs(Path(folder), arguments.rounds)))
+            return 0
         file, ram = _image(Path(folder)), RamImage(IMAGE_SIZE)
         stack.callback(file.close)
         ram.write([memoryview(os.urandom(1 << 20))] * (IMAGE_SIZE >> 20), 0)

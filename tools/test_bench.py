@@ -39,6 +39,12 @@ class Benchmark(unittest.TestCase):
         self.assertIn("5 requests at a time", lines[0])
         self.assertEqual([len(line.split()) for line in lines[-8:]], [9] * 8)
 
+    def test_the_disk_as_a_program(self) -> None:
+        lines = output_of("--program", "--quick").splitlines()
+        self.assertIn("guest of 64 GiB", lines[0])
+        self.assertIn("RssAnon", lines[1])
+        self.assertEqual(sum("of the first" in line for line in lines), 6)
+
     def test_a_failed_read_is_noticed(self) -> None:
         small = Blk(RamImage(4096))  # most of what is read lies behind its end
         rig = bench.Rig(bench.guest_memory(), 0, SplitDriverQueue, False, False, 4, small.process_queue)
