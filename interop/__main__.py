@@ -18,7 +18,8 @@ In reading order, each uses those above it:
     guest.py        guests under QEMU: boot, commands, QMP
     uml.py          the same under User-mode Linux
     diskcheck.py    what is asked of a disk inside any guest
-    test_*.py       one subject each
+    traces.py       which front-end was seen to send what
+    test_*.py       one subject each; test_traces.py, the last one, holds README.md against what was seen
     bench.py        figures, side by side in one run
 """
 
@@ -36,7 +37,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = [word for word in sys.argv[1:] if word.startswith("-")]
     names = [word for word in sys.argv[1:] if not word.startswith("-")]
-    names = names or sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
+    names = names or sorted((path.stem for path in Path(__file__).parent.glob("test_*.py")), key=lambda name: (name == "test_traces", name))
     unittest.main(None, argv=["python3 -m interop", *options, *(f"interop.{name}" for name in names)])
 
 

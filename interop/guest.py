@@ -233,10 +233,18 @@ class QemuGuest(Guest):
     """A guest under QEMU; It runs until `kill`."""
 
     def __init__(
-        self, machine: Machine, folder: Path, devices: Sequence[Device] = (), *, cpus: int = 1, incoming: bool = False, iommu: bool = False
+        self,
+        machine: Machine,
+        folder: Path,
+        devices: Sequence[Device] = (),
+        *,
+        cpus: int = 1,
+        incoming: bool = False,
+        iommu: bool = False,
+        slots: int = 0,
     ) -> None:
         """`incoming`: it waits for a migration instead of booting; its commands go to the guest that arrives. `iommu`: the machine has Intel's
-        and the guest uses it, for the devices with `iommu_platform` and `ats`."""
+        and the guest uses it, for the devices with `iommu_platform` and `ats`. `slots`: how many memory modules can be plugged in."""
         machine.require()
         kernel = machine.kernel()
         images = [initramfs.elf_kernel(kernel), initramfs.build(kernel.modules)]
@@ -247,12 +255,14 @@ class QemuGuest(Guest):
         argv = [
             *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", *accelerator()),
             *("-machine", "q35,memory-backend=mem", "-object", "memory-backend-memfd,id=mem,size=512M,share=on"),
-            *("-m", "512M", "-smp", str(cpus), *machine.options()),
+            *("-m", "512M" + (f",slots={slots},maxmem=2G" if slots else ""), "-smp", str(cpus), *machine.options()),
             *("-kernel", str(images[0]), "-initrd", str(images[1])),
             # init_on_alloc=0: else the guest itself dirties each page just before a device writes to it, and a lost dirty log goes unnoticed.
             *(
                 "-append",
-                "console=ttyS0 agent=/dev/ttyS1 loglevel=5 nokaslr mitigations=off hung_task_panic=0 init_on_alloc=0" + iommu * " intel_iommu=on",
+                "console=ttyS0 agent=/dev/ttyS1 loglevel=5 nokaslr mitigations=off hung_task_panic=0 init_on_alloc=0"
+                + iommu * " intel_iommu=on"
+                + bool(slots) * " memhp_default_state=online_movable",
             ),
             *("-chardev", f"file,id=console,path={console},append=on", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=agent,fd={agent_far.fileno()}", "-serial", "chardev:agent"),
@@ -308,5 +318,6 @@ class Device:
 
 def disk_device(socket_path: Path, **properties: bool | int) -> Device:
     """One queue unless told: QEMU's default is one per CPU."""
-    named = {key.replace("num_queues", "num-queues"): value for key, value in properties.items()}
+    hyphenated = {"num_queues": "num-queues", "inflight_migration": "inflight-migration"}  # others have underscores
+    named = {hyphenated.get(key, key): value for key, value in properties.items()}
     return Device("vhost-user-blk-pci", socket_path, {"num-queues": 1, **named})

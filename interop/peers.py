@@ -101,7 +101,7 @@ class Disk:
     packed: bool = True  # whether packed rings may be offered
     iommu: bool = False
     postcopy: bool = False
-    log_level: str = "warning"
+    log_level: str = "debug"  # for the traces
     processes: int = 1
 
 
@@ -177,7 +177,7 @@ def serve_disk(case: InteropTest, disk: Disk, socket: Path) -> Process:
 def serve_rng(case: InteropTest, socket: Path) -> Process:
     if not (REPOSITORY / "devices/rng.py").exists():
         missing("devices/rng.py is missing")
-    return start_backend(case, [sys.executable, "-m", "devices.rng", "--socket-path", str(socket)], socket)
+    return start_backend(case, [sys.executable, "-m", "devices.rng", "--socket-path", str(socket), "--log-level=debug"], socket)
 
 
 def build_rust_peer() -> Path:

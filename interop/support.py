@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from . import sid
+from . import sid, traces
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REQUIRED = os.environ.get("VHOST_USER_INTEROP_REQUIRED") == "1"
@@ -75,6 +75,7 @@ class InteropTest(unittest.TestCase):
         with tempfile.TemporaryDirectory(prefix="vu-") as folder:
             self.dir = Path(folder)
             super().run(result)
+            traces.collect(self.dir, type(self).__module__)
             if len(result.errors) + len(result.failures) > bad:
                 self.show_logs(self.dir)
         return result

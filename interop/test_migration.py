@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vhost_user import VhostUserProtocolFeatures
+
 from .diskcheck import MIB, same_content
 from .guest import NEWEST, Device, QemuGuest, disk_device
 from .peers import Disk, needs_disk, serve_disk, start_backend
@@ -89,8 +91,22 @@ class Migration(InteropTest):
 
     def test_under_load(self) -> None:
         """Random writes that verify themselves go on across the migration."""
+        self.migrate_under_load()
+
+    def test_under_load_with_the_record_of_what_is_in_flight(self) -> None:
+        """QEMU takes the in-flight region along (GET_VRING_BASE_INFLIGHT)."""
+        self.migrate_under_load(inflight_migration=True)
+        source, target = ((self.dir / f"{side}0.log").read_text() for side in ("source", "target"))
+        self.assertIn("<- GET_INFLIGHT_FD", source)
+        self.assertNotIn("<- GET_INFLIGHT_FD", target)  # it has the source's
+        for log in source, target:
+            acked = re.findall(r"<- SET_PROTOCOL_FEATURES (0x[0-9a-f]+)", log)[-1]
+            self.assertTrue(int(acked, 16) & VhostUserProtocolFeatures.GET_VRING_BASE_INFLIGHT, acked)
+            self.assertIn("<- SET_INFLIGHT_FD", log)
+
+    def migrate_under_load(self, **properties: bool) -> None:
         image = self.image("disk.img", SIZE)
-        source, target = self.machines(self.start_logging, [image])
+        source, target = self.machines(self.start_logging, [image], **properties)
         source.run(LOAD)
         time.sleep(1)
         self.begin(source, target, bandwidth=1 << 30)
