@@ -242,12 +242,14 @@ class QemuGuest(Guest):
         incoming: bool = False,
         iommu: bool = False,
         slots: int = 0,
+        modules: Sequence[str] = (),
     ) -> None:
         """`incoming`: it waits for a migration instead of booting; its commands go to the guest that arrives. `iommu`: the machine has Intel's
-        and the guest uses it, for the devices with `iommu_platform` and `ats`. `slots`: how many memory modules can be plugged in."""
+        and the guest uses it, for the devices with `iommu_platform` and `ats`. `slots`: how many memory modules can be plugged in.
+        `modules`: of the kernel, besides those that every guest loads."""
         machine.require()
         kernel = machine.kernel()
-        images = [initramfs.elf_kernel(kernel), initramfs.build(kernel.modules)]
+        images = [initramfs.elf_kernel(kernel), initramfs.build(kernel.modules, initramfs.MODULES + tuple(modules))]
         name = "incoming" if incoming else "console"
         console = folder / f"{name}.log"
         console.write_bytes(b"")

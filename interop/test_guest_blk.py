@@ -96,6 +96,15 @@ class Newest(SharedGuest):
         needs_disk("processes", "packed")
         self.exercise((MQ, RING_PACKED), num_queues=2, processes=2, packed=True)
 
+    def test_the_guest_switches_the_write_cache_off(self) -> None:
+        image = self.image("disk.img", SIZE)
+        serve_disk(self, Disk(image), self.dir / "disk.sock")
+        with self.plugged() as guest:
+            cache = "/sys/class/block/vda/cache_type"
+            self.assertEqual(guest.run(f"cat {cache}; echo 'write through' >{cache}; cat {cache}"), "write back\nwrite through")
+            diskcheck.filesystem(guest)
+            diskcheck.same_content(guest, image)
+
     def test_event_idx_off(self) -> None:
         self.exercise((INDIRECT_DESC,), without=(EVENT_IDX,), event_idx=False)
 

@@ -40,7 +40,7 @@ class Crypto(InteropTest):
     def test_sessions(self) -> None:
         """QEMU 11.1's layout is ours. (It never enables the data queue, so that no data comes.)"""
         socket: Path = self.dir / "crypto.sock"
-        backend = start_backend(self, [sys.executable, "-c", PROGRAM, "--socket-path", str(socket)], socket)
+        backend = start_backend(self, [sys.executable, "-c", PROGRAM, "--socket-path", str(socket), "--log-level", "debug"], socket)
         guest = QemuGuest(NEWEST, self.dir, [CryptoDevice("virtio-crypto-pci", socket, {}, name="crypto0")])
         self.addCleanup(guest.kill)
         guest.wait_ready()

@@ -21,6 +21,7 @@ FRONT_ENDS = {
     "test_iommu": "QEMU",
     "test_migration": "QEMU",
     "test_recovery": "QEMU",
+    "test_requests": "QEMU",
     "test_uml": "UML",
 }
 
