@@ -11,7 +11,7 @@ behind (file descriptors, mappings, threads), and fails for device code that rai
 In reading order: helpers, guest memory, rings alone, the wire and each request, rings of a daemon, the daemon's life, programs. Random tests
 print their seed when they fail; VHOST_USER_SEED=N runs that one again.
 
-`rule N` in a comment is a rule that implementations of vhost-user have got wrong.
+`rule N` is one of RULES, which implementations of vhost-user have got wrong.
 """
 
 from __future__ import annotations
@@ -1521,6 +1521,7 @@ class HostileChainTests(RingTest):
         self.lives(ring)
 
     def test_split_loop(self) -> None:
+        """rule 9"""
         with RawRing() as ring:
             for slot in 0, 1, 2:
                 ring.put(slot, (DATA, 4, F_NEXT, (slot + 1) % 3))
@@ -1554,11 +1555,13 @@ class HostileChainTests(RingTest):
             self.refused(ring, "next is 2, the (indirect )?table has 2", (*ring.table((DATA, 4, F_NEXT, 1), (DATA, 4, F_NEXT, 2)), F_INDIRECT))
 
     def test_nested_indirect_table(self) -> None:
+        """rule 9"""
         for ring in self.rings():
             inner = ring.table((DATA, 4, 0, 0), at=TABLES + 0x100)
             self.refused(ring, "an indirect descriptor", (*ring.table((*inner, F_INDIRECT, 0)), F_INDIRECT))
 
     def test_indirect_table_of_odd_size(self) -> None:
+        """rule 9"""
         for length in 0, 1, 15, 17, 40:
             for ring in self.rings():
                 self.refused(ring, f"table of {length} bytes", (ring.table((DATA, 4, 0, 0))[0], length, F_INDIRECT))
@@ -1604,7 +1607,7 @@ class HostileChainTests(RingTest):
                 self.refused(ring, "leave RAM", (address, length, 0))
 
     def test_more_than_4_gib_in_one_chain(self) -> None:
-        """Its length would not fit the used ring. 64 GiB of address space, all of one sparse file."""
+        """rule 9: Its length would not fit the used ring. 64 GiB of address space, all of one sparse file."""
         fd = self.memfd(1 << 30)
         for ring in self.rings(size=16):
             big = [GuestRegionMmap(fd, (4 + n) << 30, 1 << 30, (4 + n) << 30) for n in range(4)]
@@ -1623,7 +1626,7 @@ class HostileChainTests(RingTest):
             self.assertEqual(ring.seen_chains, [(b"", (1 << 32) - 1)])
 
     def test_bad_chains_among_good_ones(self) -> None:
-        """Each comes back once, the bad ones with length 0."""
+        """rule 9: each is given back with length 0: Each comes back once, the bad ones with length 0."""
         for ring in self.rings(size=32):
             ring.memory.write(DATA, b"ping")
             for n in range(8):
@@ -1746,6 +1749,7 @@ class HostileRingTests(RingTest):
                 self.broken(ring, "ahead of 0")
 
     def test_split_available_index_too_far_ahead_of_what_is_in_flight(self) -> None:
+        """rule 9"""
         with RawRing() as ring:
             for slot in 0, 2, 4:
                 ring.request(slot=slot)
@@ -1804,6 +1808,7 @@ class HostileRingTests(RingTest):
             self.broken(ring, "descriptor 99 of 8")
 
     def test_broken_ring_takes_nothing_until_it_is_started_again(self) -> None:
+        """rule 9"""
         for ring in self.rings():
             ring.vring.fail("as asked")
             ring.vring.set_enabled(False)
@@ -2343,6 +2348,7 @@ class RecoveryTests(CoreTest):
     SLOT = 64
 
     def test_nothing_is_lost_and_nothing_completed_twice(self) -> None:
+        """rules 19 and 20"""
         for kind, features in (SplitDriverQueue, INDIRECT), (PackedDriverQueue, INDIRECT | PACKED):
             for indirect in False, True:
                 with self.seeded(packed=kind is PackedDriverQueue, indirect=indirect) as random_:
@@ -2413,7 +2419,7 @@ class RecoveryTests(CoreTest):
             os._exit(1)
 
     def test_the_whole_last_batch_is_settled(self) -> None:
-        """PROTOCOL trap: those who clear one entry alone lose requests. Killed between publication and settlement of three."""
+        """rule 19: PROTOCOL trap: those who clear one entry alone lose requests. Killed between publication and settlement of three."""
         area = memoryview(bytearray(SplitInflight.bytes_for(8)))
         tracker = SplitInflight(area, 8)
         tracker.note_taken([3, 0, 5, 7])
@@ -2423,6 +2429,7 @@ class RecoveryTests(CoreTest):
         self.assertEqual(again.recover(3), [5])
 
     def test_in_the_order_in_which_they_were_taken(self) -> None:
+        """rule 19"""
         area = memoryview(bytearray(SplitInflight.bytes_for(8)))
         SplitInflight(area, 8).note_taken([6, 1, 4])
         again = SplitInflight(area, 8)
@@ -2681,6 +2688,7 @@ class StreamTests(WireTest):
             self.assertEqual([peer.answer(), peer.answer()], [(39, 5, u64(0)), (40, 5, u64(3))])
 
     def test_header_in_two_pieces_with_the_descriptor_at_the_first_byte(self) -> None:
+        """rule 24"""
         with self.served() as served:
             for cut in range(1, 12):
                 with served.peer() as peer:
@@ -2696,7 +2704,7 @@ class StreamTests(WireTest):
             self.assertEqual([peer.answer() for _ in range(4)], [(39, 5, u64(0))] + [(40, 5, u64(3))] * 3)
 
     def test_descriptors_of_messages_sent_ahead_are_not_mixed_up(self) -> None:
-        """Each message keeps its own, though they wait in the socket together."""
+        """rule 24: Each message keeps its own, though they wait in the socket together."""
         device = Echo()
         with self.served(device) as served, served.peer() as peer:
             for number in range(4):
@@ -2726,6 +2734,7 @@ class StreamTests(WireTest):
             self.expect_log("within a payload, after 39 of 40 bytes")
 
     def test_receiving_process_has_close_on_exec_set(self) -> None:
+        """rule 24"""
         with self.served() as served, served.peer() as peer:
             peer.msg("SET_VRING_KICK", u64(0), [self.event_fd])
             kick = served.daemon.vrings[0].kick
@@ -2748,6 +2757,7 @@ class MalformedMessageTests(WireTest):
             peer.raw(EXAMPLES["ADD_MEM_REG"], [self.memory_fd])
 
     def test_more_descriptors_than_a_message_may_have(self) -> None:
+        """rule 24"""
         with self.served() as served, self.rejected(served, f"more than {vhost_user.MAX_FDS} file descriptors") as peer:
             peer.send(5, EXAMPLES["SET_MEM_TABLE"], 9, [self.memory_fd] * (vhost_user.MAX_FDS + 1))
 
@@ -2809,7 +2819,7 @@ class MalformedMessageTests(WireTest):
                         peer.send(row.number, payload, 9, self.fds_for(name))
 
     def test_wrong_number_of_descriptors(self) -> None:
-        """Every row of the table."""
+        """rule 26: Every row of the table."""
         with self.served(Whole()) as served:
             for name, row in REQUESTS.items():
                 right = self.fds_for(name)
@@ -2876,7 +2886,7 @@ class AcknowledgementTests(WireTest):
     """rule 14: a reply or an acknowledgement, never both, never neither."""
 
     def test_every_request_is_answered_once(self) -> None:
-        """With NEED_REPLY: by its reply or by an acknowledgement, whose flags are those of a reply and no more."""
+        """rule 14: With NEED_REPLY: by its reply or by an acknowledgement, whose flags are those of a reply and no more."""
         with self.served(Whole()) as served:
             for name, row in REQUESTS.items():
                 with self.subTest(name), served.peer() as peer:
@@ -2944,6 +2954,47 @@ class AcknowledgementTests(WireTest):
             peer.msg("GET_CONFIG", EXAMPLES["GET_CONFIG"], expect=b"")
             self.expect_log("acked_features of the device failed")
             self.expect_log("get_config of the device failed")
+
+
+RULES = {
+    1: "Started and enabled are two switches: both off at first, and each is kept while the other changes.",
+    2: "SET_VRING_KICK itself starts a ring: no kick has to follow.",
+    3: "SET_VRING_KICK without a file descriptor starts a ring that is polled.",
+    4: "SET_FEATURES without bit 30 enables all rings at once; with it, it leaves them as they are.",
+    5: "A ring that is started and disabled has no side effects, and loses no kick.",
+    6: "GET_VRING_BASE waits for what is in flight, stops the ring and resets nothing; with all rings stopped the device is silent.",
+    7: "The base of a split ring is its available index alone, that of a packed ring has both positions and wrap counters.",
+    8: "Addresses may come before the memory, and are translated with the memory that there is.",
+    9: "A driver's lies end in an error and no loop; a chain that is malformed is given back once, with length 0.",
+    10: "As many file descriptors as regions, each mapped from wherever it begins, and closed.",
+    11: "ADD_MEM_REG has one file descriptor; REM_MEM_REG goes by guest address, user address and size.",
+    12: "Postcopy and CONFIGURE_MEM_SLOTS exclude each other.",
+    13: "Regions overlap neither in guest addresses nor in user addresses.",
+    14: "A message is answered by its reply or by an acknowledgement, never both; SET_LOG_BASE always by a reply.",
+    15: "A refused request is acknowledged with an error, and the connection lives on.",
+    16: "A driver may kick before the eventfd is there.",
+    17: "All writable buffers of a completed chain are logged, the used ring as VHOST_VRING_F_LOG says, atomically; LOG_ALL may change any time.",
+    18: "The eventfd of SET_LOG_FD is told of what was logged.",
+    19: "In-flight record of a split ring: after a crash the whole last batch is settled, and the rest comes again in the order it was taken.",
+    20: "In-flight record of a packed ring: what was being committed is committed or rolled back.",
+    21: "In-band notifications need REPLY_ACK and BACKEND_REQ, else the connection ends.",
+    22: "The reply to GET_CONFIG is as long as the request; SET_CONFIG has flags, and read-only fields.",
+    23: "SHMEM_MAP over nothing that is mapped, SHMEM_UNMAP of just what was; a reset unmaps all.",
+    24: "File descriptors come with the header's first byte; messages sent ahead keep theirs; a descriptor lost on the way is an error.",
+    25: "SET_DEVICE_STATE_FD does not block; its reply has a descriptor or bit 8, never an error with a descriptor.",
+    26: "Descriptors are closed: those replaced, those of a stopped ring, those of files that are mapped, and those of messages that were wrong.",
+    27: "Programs know --socket-path, --fd and --print-capabilities, fail early with a status, and end at once on SIGTERM.",
+}
+
+
+class RuleTests(unittest.TestCase):
+    def test_every_rule_has_its_test(self) -> None:
+        named = set()
+        for cases in globals().values():
+            for test in vars(cases).values() if isinstance(cases, type) and issubclass(cases, unittest.TestCase) else ():
+                for numbers in re.findall(r"\brules? ((?:\d+(?:, | and | to )?)+)", getattr(test, "__doc__", None) or ""):
+                    named.update(map(int, re.findall(r"\d+", numbers)))
+        self.assertEqual(named, set(RULES))
 
 
 class EachRequestTests(WireTest):
@@ -3024,7 +3075,7 @@ class EachRequestTests(WireTest):
             self.assertEqual((vring.started, vring.enabled), (True, False))
 
     def test_set_log_base(self) -> None:
-        """Answered always, by a message of its own; a file that is too short ends the connection, since that message cannot say so."""
+        """rule 14: Answered always, by a message of its own; a file that is too short ends the connection, since that message cannot say so."""
         with self.served() as served:
             with served.peer() as peer:
                 peer.msg("SET_LOG_BASE", Log(PAGE, PAGE).pack(), [self.memory_fd], expect=u64(0))
@@ -3032,7 +3083,7 @@ class EachRequestTests(WireTest):
                 peer.send(6, Log(PAGE, 64 * PAGE).pack(), fds=[self.memory_fd])
 
     def test_set_log_fd(self) -> None:
-        """Kept until the next one, or the end."""
+        """rules 18 and 26: Kept until the next one, or the end."""
         with self.served() as served, served.peer() as peer:
             before = len(open_fds())
             for _ in range(3):
@@ -3040,7 +3091,7 @@ class EachRequestTests(WireTest):
                 self.assertEqual(len(open_fds()), before + 1)
 
     def test_get_inflight_fd(self) -> None:
-        """A region of zeroes that nobody can cut short, large enough for the queues."""
+        """rules 19 and 20: A region of zeroes that nobody can cut short, large enough for the queues."""
         with self.served() as served, served.connect() as frontend:
             frontend.negotiate(-1)
             region, fd = frontend.get_inflight(2, 16)
@@ -3066,7 +3117,7 @@ class EachRequestTests(WireTest):
                     peer.send(32, wrong.pack(), fds=[self.memory_fd])
 
     def test_get_vring_base(self) -> None:
-        """rule 6: it stops the ring and lets go of kick and call, and resets nothing."""
+        """rules 6 and 26: it stops the ring and lets go of kick and call, and resets nothing."""
         device = Echo()
         with self.served(device) as served, served.peer() as peer:
             peer.msg("GET_VRING_BASE", pair(1, 0), expect=pair(1, 0))
@@ -3100,7 +3151,7 @@ class EachRequestTests(WireTest):
         self.replaced("SET_VRING_ERR")
 
     def replaced(self, name: str) -> None:
-        """A new descriptor replaces the old one, which is closed; bit 8 leaves none."""
+        """rule 26: A new descriptor replaces the old one, which is closed; bit 8 leaves none."""
         with self.served() as served, served.peer() as peer:
             before = len(open_fds())
             for _ in range(5):
@@ -3157,7 +3208,7 @@ class EachRequestTests(WireTest):
             self.assertFalse(ring.enabled)
 
     def test_set_backend_req_fd(self) -> None:
-        """The one before is closed; what is no socket ends the connection."""
+        """rule 26: The one before is closed; what is no socket ends the connection."""
         with self.served() as served:
             with served.peer() as peer:
                 ours, theirs = socket.socketpair()
@@ -3172,7 +3223,7 @@ class EachRequestTests(WireTest):
                 peer.send(21, fds=[self.memory_fd])
 
     def test_get_config(self) -> None:
-        """The reply's payload is just as long as the request's; a payload of nothing says that it failed."""
+        """rule 22: The reply's payload is just as long as the request's; a payload of nothing says that it failed."""
 
         class Short(Echo):
             def get_config(self, offset: int, size: int) -> bytes:
@@ -3200,6 +3251,7 @@ class EachRequestTests(WireTest):
             peer.msg("GET_CONFIG", Config(0, 0, bytes(6)).pack(), expect=Config(0, 0, b"\4\3\2\1\6\5").pack())
 
     def test_set_config(self) -> None:
+        """rule 22: the device sees the flags, and refuses what is read-only"""
         device = Echo()
         with self.served(device) as served, served.peer() as peer:
             peer.msg("SET_CONFIG", Config(3, 0, b"new").pack())
@@ -3228,7 +3280,7 @@ class EachRequestTests(WireTest):
             peer.msg("GET_MAX_MEM_SLOTS", expect=u64(509))
 
     def test_add_mem_reg(self) -> None:
-        """As many as were told, and not one more; each descriptor is closed at once."""
+        """rule 11: As many as were told, and not one more; each descriptor is closed at once."""
         with self.served() as served, served.peer() as peer:
             before = open_fds().keys()
             for n in range(MAX_REGIONS + 1):
@@ -3287,7 +3339,7 @@ class EachRequestTests(WireTest):
                 peer.send(35, pair(1, 1))
 
     def test_in_band_notifications_need_acknowledgements_and_a_channel(self) -> None:
-        """The connection ends: there is no other way to say so."""
+        """rule 21: The connection ends: there is no other way to say so."""
         with self.served(Whole()) as served:
             for beside in PF(0), PF.REPLY_ACK, PF.BACKEND_REQ:
                 with self.rejected(served, "INBAND_NOTIFICATIONS without", protocol_features=0) as peer:
@@ -3451,7 +3503,7 @@ class EachRequestTests(WireTest):
             peer.msg("GET_SHARED_OBJECT", b"", expect=bytes(16))  # as QEMU 11.1 asks
 
     def test_set_device_state_fd(self) -> None:
-        """State goes out and in through the descriptor, which is closed at the end. An error comes without a descriptor, and bit 8 says so."""
+        """rule 25: State goes out and in through the descriptor, which is closed at the end. An error comes without one, and bit 8 says so."""
         device = Whole()
         failed = u64(0x101)
         with self.served(device) as served:
@@ -3473,7 +3525,7 @@ class EachRequestTests(WireTest):
                 self.expect_log("SET_DEVICE_STATE_FD .* refused: a ring is started")
 
     def test_check_device_state(self) -> None:
-        """It waits for the transfer, and tells what became of it."""
+        """rule 25: It waits for the transfer, and tells what became of it."""
 
         class Bad(Whole):
             def save_state(self, file: BinaryIO) -> None:
@@ -3510,7 +3562,7 @@ class EachRequestTests(WireTest):
                 os.close(ours)
 
     def test_device_state_that_waits_for_the_front_end(self) -> None:
-        """The control socket answers meanwhile; there is one transfer at a time, and none is waited for without end."""
+        """rule 25: The control socket answers meanwhile; there is one transfer at a time, and none is waited for without end."""
         with self.saving(Whole()) as (_, frontend, _):
             self.assertEqual(frontend.queue_num(), 2)
             with self.assertRaises(Refused):
@@ -3587,7 +3639,7 @@ class EachRequestTests(WireTest):
         self.assertEqual(sizes["GET_EDID"], (4, 1056))
 
     def test_get_shmem_config(self) -> None:
-        """The number of regions that there are, and 256 sizes."""
+        """rule 23: The number of regions that there are, and 256 sizes."""
         with self.served(Whole()) as served:
             with served.peer() as peer:
                 peer.msg("GET_SHMEM_CONFIG", expect=struct.pack("=II256Q", 2, 0, 4 * PAGE, 0, PAGE, *bytes(253)))
@@ -3830,7 +3882,7 @@ class RingStateTests(DaemonTest):
     """Two switches for each ring: started and enabled (rules 1 to 6)."""
 
     def test_disabled_ring_is_left_alone_and_looked_at_when_enabled(self) -> None:
-        """A kick that came before is not lost."""
+        """rules 1 and 5: both switches must be on; a kick that came before is not lost (rule 16)."""
         device = Echo()
         with self.prepared(device) as (frontend, rig):
             rig.share()
@@ -3843,6 +3895,38 @@ class RingStateTests(DaemonTest):
             frontend.enable_queue(0)
             self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
 
+    def test_disabled_ring_is_served_without_side_effects_by_a_device_that_can(self) -> None:
+        """rule 5: a network card discards what is sent and supplies nothing. What changes is that `process_queue` looks."""
+
+        class Net(Echo):
+            serves_disabled = True
+            sent = 0
+
+            def process_queue(self, vring: VringT) -> None:
+                if vring.enabled or vring.index == 1:
+                    for chain in vring:
+                        self.sent += vring.enabled
+                        vring.add_used(chain, 0)
+
+        device = Net()
+        with self.prepared(device) as (frontend, rig):
+            rig.share()
+            queues = []
+            for index in range(2):
+                queues.append(frontend.start_queue(index, rig.driver(index), enable=False))
+                rig.add(queues[index].driver)
+                queues[index].kick()
+            self.assertEqual(queues[1].wait(PATIENCE), [(b"ping", 0)])
+            self.assertEqual(device.sent, 0)
+            self.stays(queues[0])
+            frontend.enable_queue(0)
+            self.assertEqual(queues[0].wait(PATIENCE), [(b"ping", 0)])
+            self.assertEqual(device.sent, 1)
+            frontend.enable_queue(0, False)
+            rig.add(queues[0].driver)
+            queues[0].kick()
+            self.stays(queues[0])
+
     def test_ring_is_looked_at_on_enable_without_a_kick(self) -> None:
         """rule 2"""
         with self.prepared(Echo()) as (frontend, rig):
@@ -3854,7 +3938,7 @@ class RingStateTests(DaemonTest):
             self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
 
     def test_ring_is_looked_at_on_start_without_a_kick(self) -> None:
-        """rule 2"""
+        """rules 2 and 16: a driver that kicks before the eventfd is there is not forgotten."""
         with self.prepared(Echo()) as (frontend, rig):
             rig.share()
             driver = rig.driver()
@@ -3864,7 +3948,7 @@ class RingStateTests(DaemonTest):
             self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
 
     def test_ring_is_looked_at_when_its_kick_is_replaced(self) -> None:
-        """A kick on the old eventfd may have been lost."""
+        """rule 16: A kick on the old eventfd may have been lost."""
         with self.prepared(Echo()) as (frontend, rig):
             rig.share()
             driver = rig.driver()
@@ -3877,6 +3961,7 @@ class RingStateTests(DaemonTest):
             self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
 
     def test_disable_stops_serving_and_enable_resumes(self) -> None:
+        """rules 1 and 5"""
         device = Echo()
         with self.connected(device) as frontend:
             [queue] = frontend.queues
@@ -3893,6 +3978,7 @@ class RingStateTests(DaemonTest):
                 self.assertEqual(queue.wait(PATIENCE), [("later", 0)])
 
     def test_enabled_before_started(self) -> None:
+        """rule 1"""
         with self.prepared(Echo()) as (frontend, rig):
             rig.share()
             frontend.enable_queue(0)
@@ -4184,7 +4270,7 @@ class DirtyLogTests(DaemonTest):
             self.assertEqual(log.read(0, PAGE), bytes(PAGE))
 
     def test_bits_are_set_atomically_and_announced(self) -> None:
-        """Bits of others in the same word stay; SET_LOG_FD's eventfd tells of a change, once for each."""
+        """rules 17 and 18: Bits of others in the same word stay; SET_LOG_FD's eventfd tells of a change, once for each."""
         log = memoryview(bytearray(64))
         log[5] = 0x81
         announced = self.eventfd()
@@ -4812,7 +4898,8 @@ class PostcopyTests(DaemonTest):
                 peer.msg(name, payload, fds=[memory.fileno()] if payload else [], expect=CLOSED)
                 self.expect_log("without regions is due" if not payload else "with 1 regions as an acknowledgement")
 
-    def test_rule_12_postcopy_and_memory_slots_exclude_each_other(self) -> None:
+    def test_postcopy_and_memory_slots_exclude_each_other(self) -> None:
+        """rule 12"""
         """A device that offers the one does not offer the other."""
         for device, wanted in (Echo(), PF.CONFIGURE_MEM_SLOTS), (migrating(), PF.PAGEFAULT):
             offered = vhost_user._offered_protocol_features(device)
@@ -5520,7 +5607,7 @@ class ChannelTests(DaemonTest):
             self.assertIsNone(channel.shared_object_lookup(UUID(int=6)))
 
     def test_shmem_map(self) -> None:
-        """Whole pages, inside a region, over nothing that is mapped: anything else is not even sent."""
+        """rule 23: Whole pages, inside a region, over nothing that is mapped: anything else is not even sent."""
         with self.whole() as (_, channel, frontend):
             fd = self.memfd(4 * PAGE)
             got = self.answering(frontend, 4)
@@ -5545,7 +5632,7 @@ class ChannelTests(DaemonTest):
                 os.close(message.fds[0])
 
     def test_shmem_unmap(self) -> None:
-        """Just what was mapped, and once. A device reset unmaps all."""
+        """rule 23: Just what was mapped, and once. A device reset unmaps all."""
         with self.whole() as (_, channel, frontend):
             fd = self.memfd(4 * PAGE)
             got = self.answering(frontend, 3)
@@ -6259,16 +6346,19 @@ class ProgramTests(DaemonTest):
         return err
 
     def test_capabilities_are_printed_whatever_else_there_is(self) -> None:
+        """rule 27"""
         for arguments in ["--print-capabilities"], ["--print-capabilities", "--socket-path", "/x", "--fd", "3", "--nonsense"]:
             out, _ = self.run_program(*arguments)
             self.assertEqual(json.loads(out), {"type": "echo", "features": ["first", "second"]})
 
     def test_command_lines_that_make_no_sense(self) -> None:
+        """rule 27"""
         for arguments in [], ["--socket-path", "/x", "--fd", "3"], ["--fd", "x"], ["--nonsense"]:
             _, err = self.run_program(*arguments, expect=2)
             self.assertIn("usage: ", err)
 
     def test_failure_has_a_status_and_a_reason(self) -> None:
+        """rule 27"""
         path = f"{self.folder()}/missing/sock"
         for arguments, reason in (
             (["--socket-path", path], f"cannot listen at {path}"),
@@ -6281,6 +6371,7 @@ class ProgramTests(DaemonTest):
             self.assertNotIn("Traceback", err)
 
     def test_socket_path_and_sigterm_while_connected(self) -> None:
+        """rule 27"""
         for number in signal.SIGTERM, signal.SIGINT:
             path = f"{self.folder()}/sock"
             child = program(self, PROGRAM, "--socket-path", path)
@@ -6309,6 +6400,7 @@ class ProgramTests(DaemonTest):
             self.assertEqual(child.wait(PATIENCE), 0)
 
     def test_fd_that_is_connected(self) -> None:
+        """rule 27"""
         ours, theirs = socket.socketpair()
         with theirs:
             child = program(self, PROGRAM, "--fd", str(theirs.fileno()), pass_fds=[theirs.fileno()])
@@ -6317,6 +6409,7 @@ class ProgramTests(DaemonTest):
         self.assertEqual(child.wait(PATIENCE), 0)
 
     def test_fd_that_listens(self) -> None:
+        """rule 27"""
         path = f"{self.folder()}/sock"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)

@@ -1242,6 +1242,9 @@ class VhostUserBackend:
     withheld_protocol_features   likewise
     config              config space: bytes, or a ctypes structure, or None when the front-end owns it
     drafts              whether to offer `DRAFTS` as well: protocol features whose numbers may change yet
+    serves_disabled     whether `process_queue` is called for a ring that is started and disabled too: with `vring.enabled` false, to serve it
+                        without side effects (a network card discards what is sent, and supplies nothing). Else such a ring waits
+                        (vhost-user, "Ring states")
     iommu               whether to offer VIRTIO_F_ACCESS_PLATFORM: the guest may have the device behind an IOMMU. Not for everybody: User-mode
                         Linux takes the bit and then cannot use the device
     postcopy            whether to offer PAGEFAULT, in the place of CONFIGURE_MEM_SLOTS: the guest may migrate to here and run before all of its
@@ -1256,6 +1259,7 @@ class VhostUserBackend:
     withheld_protocol_features: int = 0
     config: bytes | bytearray | ctypes.Structure | None = None
     drafts: bool = False
+    serves_disabled: bool = False
     iommu: bool = False
     postcopy: bool = False
 
@@ -2856,6 +2860,8 @@ class VhostUserDaemon:
         """Protocol features that are not offered here, whatever the device."""
         self.memory = mem or GuestMemoryAtomic()
         self.vrings = [vring(self.memory, backend.max_queue_size, index) for index in range(backend.num_queues)]
+        for ring in self.vrings:
+            ring.serves_disabled = backend.serves_disabled
         self.calls = TurnLock() if isinstance(backend, VhostUserBackendMut) else NoLock()
         self._poll_us = poll_us
         self._masks = [mask & (1 << backend.num_queues) - 1 for mask in backend.queues_per_thread()]

@@ -1442,7 +1442,7 @@ class VringState:
     """A ring of a daemon: a queue, its eventfds, its two switches. No lock: for one thread alone.
 
     A ring is served while it is *active*: started (SET_VRING_KICK) and enabled (SET_VRING_ENABLE), each switch kept while the other
-    is off; placed (its addresses are in guest memory); and not broken.
+    is off; placed (its addresses are in guest memory); and not broken. With `serves_disabled` it need not be enabled: the device looks.
 
     For a device: iterate over it for the chains that are available, give each to `add_used`, now or later and from any thread. While
     the iteration runs, completions are gathered, published and signalled in batches; outside of it each is published at once, and
@@ -1460,6 +1460,7 @@ class VringState:
         self.enabled = False
         self.active = False
         self.broken: str | None = None
+        self.serves_disabled = False
         self.wake: Callable[[], None] = lambda: None  # makes the ring's worker look at it
         self.linger: Callable[[Callable[[], bool]], bool] = lambda ready: False  # polls for a while before the ring's worker would sleep
         self.notify: Callable[[str], object] | None = None  # in place of eventfds that are not there: sends VRING_CALL or VRING_ERR
@@ -1862,6 +1863,7 @@ class VringState:
     def set_enabled(self, enabled: bool) -> None:
         """The ring's second switch (SET_VRING_ENABLE)."""
         with self.get_mut():
+            self.active &= enabled == self.enabled  # what changes anything has the ring looked at
             self.enabled = enabled
             self._settle()
 
@@ -1928,7 +1930,8 @@ class VringState:
             with suppress(IotlbMiss):  # an update of the IOTLB places it again
                 self._queue = self._make_queue(self._info)
                 self._completed = self._queue.completed
-        self.active = self.started and self.enabled and self._ready and self._queue is not None and self.broken is None
+        served = self.started and (self.enabled or self.serves_disabled)
+        self.active = served and self._ready and self._queue is not None and self.broken is None
         if self.active and not was_active:
             self.wake()
 
