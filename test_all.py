@@ -1937,6 +1937,39 @@ class CompletionTests(RingTest):
             ring.vring.add_used(chain, 4)
             self.assertEqual((ring.returned(), ring.vring.in_flight), ([], 0))
 
+    def test_batches(self) -> None:
+        """All of a batch is the device's; what it completes of one is published before it has the next."""
+        for features in 0, INDIRECT, IN_ORDER:
+            for ring in self.rings(features=features, size=16):
+                ring.vring._chunk = 4
+                self.offer(ring, 11)
+                held: list[DescriptorChain] = []
+                found, published = [], []
+                for chains in ring.vring.batches():
+                    published.append(len(ring.returned()))
+                    found.append([chain.id for chain in chains])
+                    held.append(chains.pop())
+                    ring.vring.add_used_all((chain, chain.id) for chain in chains)
+                self.assertEqual(found, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]])
+                self.assertEqual(published, [0, 3, 3 if features != IN_ORDER else 0])
+                ring.vring.add_used_all([(chain, chain.id) for chain in held])
+                returned = [identity for identity, _ in ring.returned()]
+                self.assertEqual(returned[-1], 10)
+                self.assertEqual(ring.vring.in_flight, 0)
+                with self.raises(VringError, "twice"):
+                    ring.vring.add_used_all([(held[0], 1)])
+                self.lives(ring)
+
+    def test_batches_left_early(self) -> None:
+        """The batch stays with the device, the rest with the driver."""
+        for ring in self.rings(size=16):
+            ring.vring._chunk = 4
+            self.offer(ring, 7)
+            first = next(ring.vring.batches())
+            self.assertEqual([[chain.id for chain in chains] for chains in ring.vring.batches()], [[4, 5, 6]])
+            ring.vring.add_used_all((chain, 1) for chain in first)
+            self.assertEqual(ring.returned(), [(identity, 1) for identity in range(4)])
+
     def test_completion_from_many_threads(self) -> None:
         """None is lost, none comes twice."""
         for ring in self.rings(size=64, features=INDIRECT, kind=VringMutex):
@@ -5352,6 +5385,44 @@ class DeviceTests(DaemonTest):
                 frontend.setup(memory=1 << 20, size=16)
                 self.echo(frontend, frontend.queues[0])
             self.assertEqual(len(device.heard), 1)
+
+    def test_worker_hooks(self) -> None:
+        """Each worker's thread says when it begins and ends; listeners are registered there."""
+
+        class Listening(Echo):
+            def __init__(self) -> None:
+                super().__init__()
+                self.bell = os.eventfd(0)
+                self.rung = threading.Event()
+
+            def queues_per_thread(self) -> Sequence[int]:
+                return [1, 2]
+
+            def worker_started(self, worker: vhost_user.VringEpollHandler) -> None:
+                self.events.append(("begins", [vring.index for vring in worker.vrings], threading.current_thread().name))
+                if worker.thread_id:
+                    raise RuntimeError("as asked")
+                worker.register_listener(self.bell, select.EPOLLIN, 1)
+
+            def worker_ended(self, worker: vhost_user.VringEpollHandler) -> None:
+                self.events.append(("ends", worker.thread_id))
+
+            def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+                if device_event < len(vrings):
+                    return super().handle_event(device_event, evset, vrings, thread_id)
+                os.eventfd_read(self.bell)
+                self.rung.set()
+                return None
+
+        device = Listening()
+        self.addCleanup(os.close, device.bell)
+        with self.connected(device) as frontend:
+            os.eventfd_write(device.bell, 1)
+            self.assertTrue(device.rung.wait(PATIENCE))
+            self.echo(frontend, frontend.queues[0])
+        self.assertEqual(sorted(device.told("begins")), [([0], "test-worker-0"), ([1], "test-worker-1")])
+        self.assertEqual(sorted(device.told("ends")), [(0,), (1,)])
+        self.expect_log("worker_started of the device failed")
 
     def test_listener_that_raises_is_removed(self) -> None:
         """It would be called for ever; the worker lives."""

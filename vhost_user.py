@@ -1402,6 +1402,12 @@ class VhostUserBackend:
         """The daemon has started. `reload`, from any thread: have the device's `reload` called, in each process that serves it. Threads of the
         device's own begin here: with worker processes, those that were there before are in none of them."""
 
+    def worker_started(self, worker: VringEpollHandler) -> None:
+        """A worker is about to serve `worker.vrings`; called in its thread. Here is where listeners are registered."""
+
+    def worker_ended(self, worker: VringEpollHandler) -> None:
+        """It will serve no more; called in its thread, if `worker_started` was."""
+
     def connected(self) -> None:
         """A front-end has connected."""
 
@@ -1577,6 +1583,18 @@ class VringEpollHandler:
     # The thread
 
     def _run(self) -> None:
+        self._tell(self._backend.worker_started)
+        self._loop()
+        self._tell(self._backend.worker_ended)
+
+    def _tell(self, hook: Callable[[VringEpollHandler], None]) -> None:
+        try:
+            with self._calls:
+                hook(self)
+        except Exception:
+            log.exception("%s of the device failed", hook.__name__)
+
+    def _loop(self) -> None:
         kicks = self._kicks
         timeout: float | None = None
         while not self._exiting:

@@ -1316,8 +1316,14 @@ class PackedQueue(Queue):
 class VringT(Protocol):
     """What a device may do with a ring; the crate's trait of that name. `VringState` documents the methods."""
 
+    @property
+    def index(self) -> int: ...
+    @property
+    def enabled(self) -> bool: ...
     def __iter__(self) -> Iterator[DescriptorChain]: ...
+    def batches(self) -> Iterator[list[DescriptorChain]]: ...
     def add_used(self, chain: DescriptorChain, length: int) -> None: ...
+    def add_used_all(self, completions: Iterable[tuple[DescriptorChain, int]]) -> None: ...
     def batch(self) -> ContextManager[None]: ...
     def get_ref(self) -> ContextManager[VringState]: ...
     def get_mut(self) -> ContextManager[VringState]: ...
@@ -1538,6 +1544,19 @@ class VringState:
     def __iter__(self) -> Iterator[DescriptorChain]:
         """Every chain that is available, up to a budget. The ring's lock is held meanwhile. What a loop that is left early has not
         been given stays available."""
+        for chains in self.batches():
+            coming = iter(chains)
+            try:
+                yield from coming
+            finally:
+                rest = list(coming)
+                if rest and self._queue:
+                    self._queue.put_back(rest)
+
+    def batches(self) -> Iterator[list[DescriptorChain]]:
+        """The same by the batch: what is completed until the next one is asked for is published together, and the driver notified once.
+
+        All of a batch is the device's, to be completed now or later."""
         self._enter()
         try:
             total = 0
@@ -1546,13 +1565,7 @@ class VringState:
                 if not chains:
                     break
                 total += len(chains)
-                coming = iter(chains)
-                try:
-                    yield from coming
-                finally:
-                    rest = list(coming)
-                    if rest and self._queue:
-                        self._queue.put_back(rest)
+                yield chains
                 self._flush()
             if total > self._LEAST_CHUNK:
                 self._learn(total)
@@ -1607,6 +1620,23 @@ class VringState:
                 self._lock.release()
         else:
             self._completed.append((chain._token, length))
+        if not self._depth:
+            self._flush_late()
+
+    def add_used_all(self, completions: Iterable[tuple[DescriptorChain, int]]) -> None:
+        """`add_used` for each (chain, length)."""
+        queue = self._queue
+        if queue is None or queue.in_order or queue.log:
+            for chain, length in completions:
+                self.add_used(chain, length)
+            return
+        append = self._completed.append
+        for chain, length in completions:
+            if chain._holder is queue:
+                chain._holder = None
+                append((chain._token, length))
+            else:
+                self.add_used(chain, length)
         if not self._depth:
             self._flush_late()
 

@@ -1,7 +1,7 @@
 """A virtio block device (virtio 1.3 §5.2): `python3 -m devices.blk --socket-path /run/disk.sock --blk-file disk.img`.
 
-In reading order: facts of the device type, the images that can be behind it (`FileImage`, `RamImage`), a watch on the image's size, the device
-`Blk`, and the program.
+In reading order: facts of the device type, the images that can be behind it (`FileImage`, `RamImage`), a watch on the image's size, the ways in
+which transfers get done (`SystemCalls`, `Uring`), the device `Blk`, and the program.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ import functools
 import logging
 import mmap
 import os
+import select
 import stat
 import struct
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from itertools import chain as concatenate
+from pathlib import Path
 
+from devices.io_uring import FSYNC_DATASYNC, OP_FSYNC, OP_READ, OP_READV, OP_WRITE, OP_WRITEV, RWF_DSYNC, IoUring, address_of
 from guest_memory import GuestMemoryError, map_shared, truncation
-from vhost_user import Refused, VhostUserBackend, VringT, run_device
+from vhost_user import Refused, VhostUserBackend, VringEpollHandler, VringT, run_device
 from vring import DescriptorChain
 
 log = logging.getLogger("vhost_user")
@@ -104,10 +110,18 @@ class Image(ABC):
     can_discard  whether `discard` saves space
     read         fills the views from an offset, returns how many bytes were read; 0 only at the end of the image
     write        writes the views at an offset, returns how many bytes were written
+    copies_reads, copies_writes   whether these are copies within memory: nothing is gained by gathering several
+    uring_fd     the file that io_uring shall transfer from and to; None: none
+    read_cached  like `read`, of what is in the page cache; raises OSError rather than wait for the storage
+    cached       whether writes go into the page cache, and seldom wait
     """
 
     name: str
     can_discard = True
+    copies_reads = copies_writes = False
+    uring_fd: int | None = None
+    read_cached: Callable[[Views, int], int] | None = None
+    cached = True
     read: Callable[[Views, int], int]  # attributes, so that a request's path leads into the kernel by one call
     write: Callable[[Views, int], int]
 
@@ -135,21 +149,27 @@ class Image(ABC):
         """Let go of the storage."""
 
 
-class FileImage(Image):
-    """An image file or a block device, through the page cache.
+AIO = ("auto", "sync", "mmap", "io_uring")
 
-    Reads are system calls, or copies out of a mapping of the file. A copy costs a fraction of a call, but where it meets a page that is
+
+class FileImage(Image):
+    """An image file or a block device, through the page cache or past it.
+
+    Reads can be copies out of a mapping of the file (`mmap`). A copy costs a fraction of a system call, but where it meets a page that is
     not in memory it keeps the whole interpreter waiting for the storage: so a mapping is for files that are always in memory.
     """
 
-    def __init__(self, path: str, read_only: bool = False, mapped: bool | None = None) -> None:
-        """`mapped`: whether reads go through a mapping; by default they do where the file is in a file system in memory (tmpfs).
+    def __init__(self, path: str, read_only: bool = False, aio: str = "auto", direct: bool = False) -> None:
+        """`aio`: one of AIO. "sync": a system call for each transfer; "io_uring": many transfers at a time; "auto": "mmap" where the file is in a
+        file system in memory (tmpfs), else "io_uring". Where that is not to be had it is "sync". `direct`: past the page cache.
 
-        Raises OSError when it cannot be opened or mapped, ValueError when it is neither file nor block device."""
+        Raises OSError when it cannot be opened or mapped, ValueError when it is neither file nor block device, or `direct` and mapped."""
         self.name = os.path.basename(path)
         self.path = path
         # Without waiting: for the writer of a named pipe, say.
-        self.fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_CLOEXEC
+        self.fd = os.open(path, flags)
+        self._direct_fd: int | None = None
         self.read = functools.partial(os.preadv, self.fd)
         self.write = functools.partial(os.pwritev, self.fd)
         self._mapping = memoryview(b""), 0  # and `truncation.pages` when it was made
@@ -158,19 +178,37 @@ class FileImage(Image):
             mode = os.fstat(self.fd).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
                 raise ValueError(f"{path} is neither a file nor a block device")
-            if _in_memory(self.fd) if mapped is None else mapped:
+            if aio == "auto":
+                aio = "mmap" if _in_memory(self.fd) and not direct else "io_uring"
+            if direct:
+                if aio == "mmap":
+                    raise ValueError("a mapping is of the page cache: it cannot be past it")
+                self._direct_fd = os.open(path, flags | os.O_DIRECT)
+                self.cached = False
+                self.read = functools.partial(_past_the_cache, os.preadv, self._direct_fd, self.fd)
+                self.write = functools.partial(_past_the_cache, os.pwritev, self._direct_fd, self.fd)
+            if aio == "mmap":
                 self.read = self._read_mapped
+                self.copies_reads = True
                 self.refresh()
-            self.can_discard = not read_only and self._fallocate(_FALLOC_PUNCH_HOLE, self.size(), 4096)
+            elif aio == "io_uring" and _has_io_uring(self.fd):
+                self.uring_fd = self.fd if self._direct_fd is None else self._direct_fd
+                if not direct:
+                    fd = self.fd
+                    self.read_cached = lambda views, offset: os.preadv(fd, views, offset, os.RWF_NOWAIT)
+            if stat.S_ISBLK(mode):
+                self.can_discard = not read_only and _device_can_discard(os.fstat(self.fd).st_rdev)
+            else:
+                self.can_discard = not read_only and self._fallocate(_FALLOC_PUNCH_HOLE, self.size(), 4096)
         except BaseException:
-            os.close(self.fd)
+            self.close()
             raise
 
     def size(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)  # a block device's too
 
     def refresh(self) -> None:
-        if self.read == self._read_mapped:
+        if self.copies_reads:
             size, pages = self.size(), truncation.pages
             try:
                 self._mapping = map_shared(self.fd, 0, size, writable=False) if size else memoryview(b""), pages
@@ -220,6 +258,36 @@ class FileImage(Image):
     def close(self) -> None:
         self._mapping = memoryview(b""), 0
         os.close(self.fd)
+        if self._direct_fd is not None:
+            os.close(self._direct_fd)
+
+
+def _past_the_cache(transfer: Callable[[int, Views, int], int], direct_fd: int, fd: int, views: Views, offset: int) -> int:
+    """Through the page cache, though, where the storage cannot do it otherwise: at addresses or offsets that are not aligned."""
+    try:
+        return transfer(direct_fd, views, offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return transfer(fd, views, offset)
+
+
+def _device_can_discard(number: int) -> bool:
+    """Of a block device, or the one that it is a partition of."""
+    folder = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    for queue in folder / "queue", folder.parent / "queue":
+        with suppress(OSError):
+            return (queue / "discard_max_bytes").read_text(encoding="ascii").strip() != "0"
+    return False
+
+
+def _has_io_uring(fd: int) -> bool:
+    try:
+        IoUring(1, [fd]).close()
+    except OSError as error:
+        log.warning("io_uring cannot be used here: %s. Each transfer is a system call instead", error.strerror)
+        return False
+    return True
 
 
 _TMPFS, _RAMFS, _HUGETLBFS = 0x01021994, 0x858458F6, 0x958458F6
@@ -244,6 +312,7 @@ class RamImage(Image):
             raise OSError(errno.ENOMEM, f"a disk of {size} bytes does not fit memory")
         self._memory = mmap.mmap(-1, size, (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | mmap.MAP_ANONYMOUS)
         self._view = memoryview(self._memory)
+        self.copies_reads = self.copies_writes = True
         self.read = self._read
         self.write = self._write
 
@@ -335,12 +404,15 @@ class SizeWatch:
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
+NEVER = 1 << 64  # sectors that no disk has
+
+
 class _Shape:
     """What a request's parts are for, which depends on the chain alone and is kept with it.
 
     header    the 16 bytes of the request header, or None when they lie in several parts
-    out, out_sectors   data the driver sends, and how many sectors that is; -1: no whole number
-    into, into_sectors, into_len   likewise data the device returns, and its bytes
+    out, out_len, out_sectors   data the driver sends, its bytes and sectors: NEVER where it cannot be written, for another length or data both ways
+    into, into_len, into_sectors   likewise data the device returns
     status    the last device-writable byte
     """
 
@@ -363,10 +435,10 @@ class _Shape:
         else:
             self.status = last[-1:]
             self.into = _cut(writable, 0, chain.writable_len - 1)
-        self.out_len = length = chain.readable_len - REQUEST_HEADER.size
-        self.out_sectors = -1 if length % SECTOR else length // SECTOR
-        self.into_len = length = chain.writable_len - 1
-        self.into_sectors = -1 if length % SECTOR else length // SECTOR
+        self.out_len = out = chain.readable_len - REQUEST_HEADER.size
+        self.into_len = into = chain.writable_len - 1
+        self.out_sectors = NEVER if into or out % SECTOR else out // SECTOR
+        self.into_sectors = NEVER if out or into % SECTOR else into // SECTOR
 
 
 def _cut(parts: Views, start: int, end: int) -> list[memoryview]:
@@ -378,6 +450,153 @@ def _cut(parts: Views, start: int, end: int) -> list[memoryview]:
         start -= len(part)
         end -= len(part)
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Transfers
+# ---------------------------------------------------------------------------------------------------------------------------
+
+MAX_RUN = 1 << 20  # bytes
+
+
+class Run:
+    """Requests of one batch that one transfer does: reads, or writes, of `length` bytes from `offset` on, the one behind the other; or a flush."""
+
+    __slots__ = ("kind", "length", "offset", "pairs", "requests", "views", "vring")
+
+    def __init__(self, vring: VringT, kind: int, offset: int, chain: DescriptorChain, shape: _Shape, views: Views, length: int) -> None:
+        self.vring = vring
+        self.kind = kind
+        self.offset = offset
+        self.requests = [(chain, shape)]
+        self.views = views
+        self.length = length
+        self.pairs: ctypes.Array[ctypes.c_uint64] | None = None  # addresses and lengths of the views
+
+    def takes(self, kind: int, offset: int, chain: DescriptorChain, shape: _Shape, views: Views, length: int) -> bool:
+        """Add a request, if it goes on where this run ends."""
+        if offset != self.offset + self.length or kind != self.kind or self.length + length > MAX_RUN or len(self.views) + len(views) > _IOV_MAX:
+            return False
+        self.requests.append((chain, shape))
+        self.views = [*self.views, *views]
+        self.length += length
+        return True
+
+
+Transfer = Callable[[Views, int], int]
+
+
+class SystemCalls:
+    """Each run is done when `start` returns."""
+
+    def __init__(self, disk: Blk) -> None:
+        self._disk = disk
+        self.misses = False
+        """That way did not work for something in this batch: it is not tried for the rest."""
+
+    def at_once(self) -> tuple[Transfer | None, Transfer | None]:
+        """How to read and to write without a run, if there is a way: it transfers less than asked for, or raises OSError, where a run is needed."""
+        image = self._disk.image
+        return image.read, None if self._disk.durable_writes else image.write
+
+    def start(self, run: Run) -> None:
+        """Have a run done; the disk's `settle` is called at its end."""
+        image = self._disk.image
+        try:
+            if run.kind == T_FLUSH:
+                image.flush()
+                done = 0
+            else:
+                done = (image.read if run.kind == T_IN else image.write)(run.views[:_IOV_MAX], run.offset)
+                if run.kind == T_OUT and self._disk.durable_writes:
+                    image.flush()
+        except OSError as error:
+            done = -(error.errno or errno.EIO)
+        self._disk.settle(run, done)
+
+    def submit(self) -> None:
+        """All runs of a batch were started."""
+
+
+class Uring(SystemCalls):
+    """What the page cache has, and what goes into it, is transferred by system calls, which do not wait. All that may wait goes into the worker's
+    io_uring: one system call for all of a batch; runs are done in any order."""
+
+    _ENTRIES = 4096  # at most
+
+    def __init__(self, disk: Blk, fd: int, worker: VringEpollHandler) -> None:
+        """For transfers with the file `fd`. Raises OSError."""
+        super().__init__(disk)
+        self._worker = worker
+        self._ring = IoUring(min(sum(ring.max_queue_size for ring in worker.vrings), self._ENTRIES), [fd])
+        self._runs: dict[int, Run] = {}
+        self._prepared: list[int] = []  # of `_runs`, those that have not been submitted
+        self._count = 0
+        worker.register_listener(self._ring.fd, select.EPOLLIN, len(worker.vrings))
+
+    def at_once(self) -> tuple[Transfer | None, Transfer | None]:
+        image = self._disk.image
+        return image.read_cached, image.write if image.cached and not self._disk.durable_writes else None
+
+    def start(self, run: Run) -> None:
+        if run.views:
+            transfer = self.at_once()[run.kind == T_OUT]
+            if transfer and not self.misses:
+                with suppress(OSError):
+                    if transfer(run.views[:_IOV_MAX], run.offset) == run.length:
+                        self._disk.settle(run, run.length)
+                        return
+                self.misses = True
+        self._prepare(run)
+
+    def _prepare(self, run: Run) -> None:
+        while not self._ring.room:
+            self._submit(wait=True)
+        self._count = token = self._count + 1
+        self._runs[token] = run
+        self._prepared.append(token)
+        prepare, views, offset = self._ring.prepare, run.views, run.offset
+        flags = RWF_DSYNC if run.kind == T_OUT and self._disk.durable_writes else 0
+        if run.kind == T_FLUSH:
+            prepare(OP_FSYNC, 0, 0, 0, 0, FSYNC_DATASYNC, token)
+        elif len(views) == 1:
+            prepare(OP_READ if run.kind == T_IN else OP_WRITE, 0, address_of(views[0]), run.length, offset, flags, token)
+        else:
+            views = views[:_IOV_MAX]
+            run.pairs = pairs = (ctypes.c_uint64 * (2 * len(views)))(*concatenate.from_iterable((address_of(view), len(view)) for view in views))
+            prepare(OP_READV if run.kind == T_IN else OP_WRITEV, 0, ctypes.addressof(pairs), len(views), offset, flags, token)
+
+    def submit(self) -> None:
+        self.misses = False
+        if self._prepared:
+            self._submit()
+
+    def _submit(self, wait: bool = False) -> None:
+        flying = self._ring.flying
+        try:
+            self._ring.submit(wait)
+        except OSError as error:  # not to be expected: a filter that came later, say
+            log.warning("io_uring failed: %s", error)
+            for token in self._prepared[len(self._prepared) - (flying - self._ring.flying) :]:  # which it has not taken
+                self._disk.settle(self._runs.pop(token), -(error.errno or errno.EIO))
+        self._prepared.clear()
+        self.settle()  # what was in the page cache is done by now
+
+    def settle(self) -> None:
+        """Complete the requests whose transfers are done."""
+        pop, settle = self._runs.pop, self._disk.settle
+        for token, done in self._ring.completions():
+            settle(pop(token), done)
+
+    def wait(self, index: int) -> None:
+        """Until nothing of ring `index` is on its way; from another thread than the worker's."""
+        while any(run.vring.index == index for run in list(self._runs.values())):
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        """Wait until nothing is on its way."""
+        self._worker.unregister_listener(self._ring.fd)
+        self._ring.close()
 
 
 class Blk(VhostUserBackend):
@@ -409,8 +628,11 @@ class Blk(VhostUserBackend):
         self._watch = watch
         self._serial = (serial or image.name).encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._capacity = image.size() // SECTOR
-        self._durable_writes = False
-        self._can_flush: bool | None = None  # as negotiated
+        self.durable_writes = False  # a write is only done when it is durable
+        self._transfers: dict[int, Uring] = {}  # by ring
+        self._system_calls = SystemCalls(self)
+        self._gathers: set[int] = set()  # rings whose requests mostly go on where the one before ends
+        self._negotiated: int | None = None  # of FLUSH and CONFIG_WCE
         self._resizing = threading.Lock()
         self.features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH | F_CONFIG_WCE | F_MQ
         if read_only:
@@ -433,8 +655,7 @@ class Blk(VhostUserBackend):
             max_write_zeroes_seg=MAX_SEGMENTS,
             write_zeroes_may_unmap=1,
         )
-        self._others: dict[int, Callable[[int, _Shape], int]] = {
-            T_FLUSH: self._flush,
+        self._others: dict[int, Callable[[_Shape], int]] = {
             T_GET_ID: self._get_id,
             T_DISCARD: self._discard,
             T_WRITE_ZEROES: self._write_zeroes,
@@ -455,28 +676,54 @@ class Blk(VhostUserBackend):
     def acked_features(self, features: int) -> None:
         # A driver that cannot flush expects that a write is durable when it is done (virtio 1.3 §5.2.6.2). The same features come again when
         # a migration begins, with rings running: what the driver has chosen since stays.
-        can_flush = bool(features & F_FLUSH)
-        if can_flush != self._can_flush:
-            self._can_flush = can_flush
-            self._set_writeback(int(can_flush))
+        flush_or_not = features & (F_FLUSH | F_CONFIG_WCE)
+        if flush_or_not != self._negotiated:
+            self._negotiated = flush_or_not
+            self._set_writeback(int(bool(features & F_FLUSH)))
 
     def _set_writeback(self, writeback: int) -> None:
         self.config.writeback = writeback
-        self._durable_writes = not writeback
+        self.durable_writes = not writeback
 
     def reset_device(self) -> None:
-        self._can_flush = None
+        self._negotiated = None
         self._set_writeback(1)
 
     def disconnected(self) -> None:
         super().disconnected()
-        self.reset_device()
+        for index, transfers in self._transfers.items():
+            transfers.wait(index)  # a late one must not meet those of the next front-end
+        # The cache mode stays until a reset: a front-end that comes back, for a driver that does not notice, does not say it again.
+
+    def cancel_in_flight(self, index: int) -> None:
+        if index in self._transfers:
+            self._transfers[index].wait(index)
+
+    def worker_started(self, worker: VringEpollHandler) -> None:
+        if self.image.uring_fd is not None:
+            transfers = Uring(self, self.image.uring_fd, worker)
+            self._transfers.update((ring.index, transfers) for ring in worker.vrings)
+
+    def worker_ended(self, worker: VringEpollHandler) -> None:
+        for transfers in {self._transfers.pop(ring.index) for ring in worker.vrings if ring.index in self._transfers}:
+            transfers.close()
+
+    def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+        if device_event < len(vrings):
+            return super().handle_event(device_event, evset, vrings, thread_id)
+        with ExitStack() as stack:
+            for vring in vrings:
+                stack.enter_context(vring.batch())
+            self._transfers[vrings[0].index].settle()
+        return False
 
     def set_config(self, offset: int, data: bytes, flags: int) -> None:
         if offset != BlkConfig.writeback.offset or len(data) != 1 or data[0] > 1:
             raise Refused(f"only the writeback byte of config space can be written, not {len(data)} bytes at {offset}")
+        if self._negotiated != F_FLUSH | F_CONFIG_WCE:
+            raise Refused("writeback is the driver's to choose with VIRTIO_BLK_F_FLUSH and VIRTIO_BLK_F_CONFIG_WCE alone")
         self._set_writeback(data[0])
-        if self._durable_writes:
+        if self.durable_writes:
             self.image.flush()
 
     def reload(self) -> None:
@@ -492,33 +739,119 @@ class Blk(VhostUserBackend):
     # Requests
 
     def process_queue(self, vring: VringT) -> None:
-        read, write, add_used, unpack = self.image.read, self._write, vring.add_used, REQUEST_HEADER.unpack_from
-        for chain in vring:
+        for batch in vring.batches():
+            done: list[tuple[DescriptorChain, int]] = []
+            try:
+                self._serve(vring, batch, done)
+            finally:
+                vring.add_used_all(done)
+
+    def _serve(self, vring: VringT, batch: Sequence[DescriptorChain], done: list[tuple[DescriptorChain, int]]) -> None:
+        """The requests of a batch: they are `done`, or will be completed by `settle`."""
+        transfers = self._transfers.get(vring.index, self._system_calls)
+        read, write = transfers.at_once()
+        if vring.index in self._gathers:
+            read, write = (read if self.image.copies_reads else None), (write if self.image.copies_writes else None)
+        unpack, append = REQUEST_HEADER.unpack_from, done.append
+        runs: list[Run] = []
+        end, neighbours = -1, 0
+        for chain in batch:
             shape = chain.memo
             if shape is None:
                 if chain.readable_len < REQUEST_HEADER.size or not chain.writable_len:
-                    add_used(chain, self._refuse(chain))
+                    append((chain, self._refuse(chain)))
                     continue
                 shape = chain.memo = _Shape(chain)
             kind, _, sector = unpack(shape.header or b"".join(chain.readable)[: REQUEST_HEADER.size])
-            try:
-                if kind == T_IN:
-                    status = S_IOERR
-                    if 0 <= shape.into_sectors <= self._capacity - sector and not shape.out_len:
-                        done = read(shape.into, sector * SECTOR)
-                        if done == shape.into_len or self._finish(read, shape.into, sector * SECTOR, done, shape.into_len):
-                            status = S_OK
-                elif kind == T_OUT:
-                    status = write(sector, shape)
-                elif kind in self._others:
-                    status = self._others[kind](sector, shape)
+            if kind == T_IN:
+                sectors, length, views = shape.into_sectors, shape.into_len, shape.into
+                transfer = read
+            elif kind == T_OUT and not self.read_only:
+                sectors, length, views = shape.out_sectors, shape.out_len, shape.out
+                transfer = write
+            else:
+                if kind == T_FLUSH:
+                    runs.append(Run(vring, kind, 0, chain, shape, (), 0))
                 else:
-                    status = S_UNSUPP
-            except OSError as error:
-                log.warning("%s: request %d at sector %d failed: %s", self.image.name, kind, sector, error)
-                status = S_IOERR
-            shape.status[0] = status
+                    shape.status[0] = self._other(kind, shape)
+                    append((chain, chain.writable_len))
+                continue
+            if sector > self._capacity - sectors:
+                shape.status[0] = S_IOERR
+                append((chain, chain.writable_len))
+                continue
+            offset = sector * SECTOR
+            if transfer:
+                if offset == end:
+                    neighbours += 1
+                end = offset + length
+                try:
+                    whole = transfer(views, offset) == length
+                except OSError:
+                    whole = False
+                if whole:
+                    shape.status[0] = S_OK
+                    append((chain, chain.writable_len))
+                    continue
+                read = write = None  # mostly, the rest of the batch is not to be had either
+                transfers.misses = True
+            if runs and runs[-1].takes(kind, offset, chain, shape, views, length):
+                neighbours += 1
+            else:
+                runs.append(Run(vring, kind, offset, chain, shape, views, length))
+        for run in runs:
+            transfers.start(run)
+        transfers.submit()
+        if neighbours > 3:
+            self._gathers.add(vring.index)
+        else:
+            self._gathers.discard(vring.index)
+
+    def settle(self, run: Run, done: int) -> None:
+        """Complete the requests of a run, of whose bytes `done` were transferred; a negative error number: none that count."""
+        add_used = run.vring.add_used
+        if done == run.length:
+            for chain, shape in run.requests:
+                shape.status[0] = S_OK
+                add_used(chain, chain.writable_len)
+            return
+        offset = run.offset
+        for chain, shape in run.requests:
+            views, length = (shape.into, shape.into_len) if run.kind == T_IN else (shape.out, shape.out_len)
+            if run.kind == T_FLUSH:
+                log.warning("%s: flush failed: %s", self.image.name, os.strerror(-done))
+                shape.status[0] = S_IOERR
+            else:
+                shape.status[0] = self._alone(run.kind, views, offset, length)
+            offset += length
             add_used(chain, chain.writable_len)
+
+    def _alone(self, kind: int, views: Views, offset: int, length: int) -> int:
+        """All of one request by itself, which did not work out at once: its status is to be its own."""
+        transfer = self.image.read if kind == T_IN else self.image.write
+        done = 0
+        try:
+            while done < length:
+                step = transfer(_cut(views, done, length)[:_IOV_MAX], offset + done)
+                if not step:
+                    return S_IOERR  # the end of an image that has shrunk
+                done += step
+            if kind == T_OUT and self.durable_writes:
+                self.image.flush()
+        except OSError as error:
+            log.warning("%s: request %d at sector %d failed: %s", self.image.name, kind, offset // SECTOR, error)
+            return S_IOERR
+        return S_OK
+
+    def _other(self, kind: int, shape: _Shape) -> int:
+        """A request that is rare, or a write to a disk that cannot be written: done at once."""
+        if kind not in self._others:
+            return S_IOERR if kind == T_OUT else S_UNSUPP
+        try:
+            return self._others[kind](shape)
+        except OSError as error:
+            log.warning("%s: request %d failed: %s", self.image.name, kind, error)
+            return S_IOERR
 
     @staticmethod
     def _refuse(chain: DescriptorChain) -> int:
@@ -529,44 +862,20 @@ class Blk(VhostUserBackend):
         chain.writable[-1][-1] = S_IOERR
         return chain.writable_len
 
-    @staticmethod
-    def _finish(transfer: Callable[[Views, int], int], views: Views, offset: int, done: int, length: int) -> bool:
-        """Go on with a transfer that was cut short. Returns whether all of it was done: not at the end of an image that has shrunk."""
-        while done < length:
-            step = transfer(_cut(views, done, length)[:_IOV_MAX], offset + done)
-            if not step:
-                return False
-            done += step
-        return True
-
     def _in_range(self, sector: int, sectors: int) -> bool:
         return 0 <= sectors <= self._capacity - sector
 
-    def _write(self, sector: int, shape: _Shape) -> int:
-        if self.read_only or shape.into_len or not self._in_range(sector, shape.out_sectors):
-            return S_IOERR
-        done = self.image.write(shape.out, sector * SECTOR)
-        if done != shape.out_len and not self._finish(self.image.write, shape.out, sector * SECTOR, done, shape.out_len):
-            return S_IOERR
-        if self._durable_writes:
-            self.image.flush()
-        return S_OK
-
-    def _flush(self, sector: int, shape: _Shape) -> int:
-        self.image.flush()
-        return S_OK
-
-    def _get_id(self, sector: int, shape: _Shape) -> int:
+    def _get_id(self, shape: _Shape) -> int:
         at = 0
         for view in _cut(shape.into, 0, ID_BYTES):
             view[:] = self._serial[at : at + len(view)]
             at += len(view)
         return S_OK
 
-    def _discard(self, sector: int, shape: _Shape) -> int:
+    def _discard(self, shape: _Shape) -> int:
         return self._each_segment(shape, F_DISCARD, 0, lambda offset, length, flags: self.image.discard(offset, length))
 
-    def _write_zeroes(self, sector: int, shape: _Shape) -> int:
+    def _write_zeroes(self, shape: _Shape) -> int:
         def zero(offset: int, length: int, flags: int) -> None:
             (self.image.discard if flags else self.image.zero)(offset, length)
 
@@ -587,7 +896,7 @@ class Blk(VhostUserBackend):
         for sector, sectors, flags in segments:
             if sectors:
                 action(sector * SECTOR, sectors * SECTOR, flags)
-        if self._durable_writes:
+        if self.durable_writes:
             self.image.flush()
         return S_OK
 
@@ -612,10 +921,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blk-file", metavar="FILE", help="the disk: an image file or a block device")
     parser.add_argument(
         "--aio",
-        choices=("auto", "sync", "mmap"),
+        choices=AIO,
         default="auto",
-        help="how the file is read: by system calls, or by copies from a mapping (auto: mmap where it is in memory, as in /dev/shm)",
+        help="how transfers get done: each by a system call, many at a time (io_uring), or reads by copies from a mapping; "
+        "auto: mmap where the file is in memory, as in /dev/shm, else io_uring",
     )
+    parser.add_argument("--direct", action="store_true", help="past the page cache (O_DIRECT)")
     parser.add_argument("--ram", metavar="SIZE", type=parse_size, help="a disk in memory instead: 512M, 1G …")
     parser.add_argument("--read-only", action="store_true", help="the guest cannot write")
     parser.add_argument("--num-queues", type=int, default=1, metavar="N", help="virtqueues (default 1); the VMM must not use more")
@@ -627,11 +938,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _build(arguments: argparse.Namespace) -> Blk:
     if (arguments.blk_file is None) == (arguments.ram is None):
         raise ValueError("one of --blk-file and --ram is needed")
-    mapped = {"auto": None, "sync": False, "mmap": True}[arguments.aio]
+    if arguments.ram is not None and (arguments.aio != "auto" or arguments.direct):
+        raise ValueError("--aio and --direct are for files")
     image = (
         RamImage(arguments.ram, shared=arguments.processes > 1)
         if arguments.ram is not None
-        else FileImage(arguments.blk_file, arguments.read_only, mapped)
+        else FileImage(arguments.blk_file, arguments.read_only, arguments.aio, arguments.direct)
     )
     return Blk(
         image,

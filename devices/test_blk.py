@@ -32,6 +32,7 @@ from unittest import mock
 
 from devices import blk
 from devices.blk import SECTOR, Blk, FileImage, Image, RamImage, SizeWatch, parse_size
+from devices.io_uring import OP_FSYNC, OP_READ, OP_READV, OP_WRITE, OP_WRITEV, REASONS, RWF_DSYNC, IoUring
 from guest_memory import survive_truncation
 from vhost_user import Frontend, FrontendQueue, Refused, VhostUserBackend, VhostUserDaemon
 
@@ -272,7 +273,7 @@ class DeviceTest(unittest.TestCase):
             behind.write([memoryview(content)], 0)
         else:
             path = self.path(kind, content)
-            behind = image(path) if image else FileImage(path, options.get("read_only", False), kind == "mapped")
+            behind = image(path) if image else IMAGES[kind](path, options.get("read_only", False), AIO[kind])
         setup = {"packed": packed, **options.pop("setup", {})}
         try:
             with Disk(behind, self.folder, path, setup=setup, **options) as disk:
@@ -281,7 +282,46 @@ class DeviceTest(unittest.TestCase):
             behind.close()
 
 
-KINDS = ("file", *(("mapped",) if os.path.isdir(SHM) else ()), "ram")
+@contextlib.contextmanager
+def made_durable() -> Iterator[list[object]]:
+    """Counts what makes data durable: fdatasync, by system call or io_uring, and writes that are durable when they are done."""
+    found: list[object] = []
+    prepare, fdatasync = IoUring.prepare, os.fdatasync
+
+    def noted_prepare(ring: IoUring, operation: int, file: int, address: int, length: int, offset: int, flags: int, token: int) -> None:
+        if operation == OP_FSYNC or (operation in (OP_WRITE, OP_WRITEV) and flags & RWF_DSYNC):
+            found.append(operation)
+        prepare(ring, operation, file, address, length, offset, flags, token)
+
+    def noted_fdatasync(fd: int) -> None:
+        found.append(fd)
+        fdatasync(fd)
+
+    with mock.patch.object(IoUring, "prepare", noted_prepare), mock.patch("os.fdatasync", noted_fdatasync):
+        yield found
+
+
+def has_io_uring() -> bool:
+    try:
+        IoUring(1, [0]).close()
+    except OSError:
+        return False
+    return True
+
+
+class Cold(FileImage):
+    """With nothing in the page cache, as it seems: all transfers go through io_uring."""
+
+    def __init__(self, path: str, read_only: bool = False, aio: str = "io_uring") -> None:
+        super().__init__(path, read_only, aio)
+        self.read_cached, self.cached = None, False
+
+
+IMAGES: dict[str, type[FileImage]] = {"file": FileImage, "cached": FileImage, "uring": Cold, "mapped": FileImage}
+AIO = {"file": "sync", "cached": "io_uring", "uring": "io_uring", "mapped": "mmap"}
+KINDS = ("file", *(("cached", "uring") if has_io_uring() else ()), *(("mapped",) if os.path.isdir(SHM) else ()), "ram")
+
+FILES = [kind for kind in KINDS if kind != "ram"]
 
 
 def content_of(sectors: int, seed: int = 1) -> bytes:
@@ -346,11 +386,11 @@ class Requests(DeviceTest):
 
     @on_every_disk(kinds=[kind for kind in KINDS if kind != "ram"])
     def test_flush(self, disk: Disk) -> None:
-        with mock.patch("os.fdatasync", wraps=os.fdatasync) as synced:
+        with made_durable() as synced:
             self.assertEqual(disk.request(OUT, 0, bytes(SECTOR)), (OK, b""))
-            self.assertEqual(synced.call_count, 0)
+            self.assertEqual(len(synced), 0)
             self.assertEqual(disk.request(T_FLUSH), (OK, b""))
-            self.assertEqual(synced.call_count, 1)
+            self.assertEqual(len(synced), 1)
 
     @on_every_disk(serial="A serial number")
     def test_get_id(self, disk: Disk) -> None:
@@ -685,29 +725,31 @@ class ConfigSpace(DeviceTest):
         """How often a write, a discard and a write of zeroes are made durable."""
         counts = []
         for kind, data in (OUT, content_of(1)), (T_DISCARD, segment(0, 1)), (T_WRITE_ZEROES, segment(0, 1)), (T_WRITE_ZEROES, segment(0, 1, 1)):
-            with mock.patch("os.fdatasync", wraps=os.fdatasync) as synced:
+            with made_durable() as synced:
                 self.assertEqual(disk.request(kind, 0, data), (OK, b""))
-                counts.append(synced.call_count)
-        with mock.patch("os.fdatasync", wraps=os.fdatasync) as synced:
+                counts.append(len(synced))
+        with made_durable() as synced:
             disk.read(0, SECTOR)
             disk.request(OUT, 8, bytes(SECTOR))
-            self.assertEqual(synced.call_count, 0, "nothing was written")
+            self.assertEqual(len(synced), 0, "nothing was written")
         return counts
 
     def test_write_through_without_flush(self) -> None:
-        with self.disk("file", content_of(8), setup={"features": EVERYTHING & ~FLUSH}) as disk:
-            self.assertEqual(self.writes(disk), [1, 1, 1, 1])
-            self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 1), b"\0")
+        for kind in FILES:
+            with self.subTest(kind), self.disk(kind, content_of(8), setup={"features": EVERYTHING & ~FLUSH}) as disk:
+                self.assertEqual(self.writes(disk), [1, 1, 1, 1])
+                self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 1), b"\0")
 
     def test_write_through_when_asked(self) -> None:
-        with self.disk("file", content_of(8)) as disk:
-            self.assertEqual(self.writes(disk), [0, 0, 0, 0])
-            with mock.patch("os.fdatasync", wraps=os.fdatasync) as synced:
-                disk.frontend.set_config(self.WRITEBACK, b"\0")
-                self.assertEqual(synced.call_count, 1, "what was written before is durable as well")
-            self.assertEqual(self.writes(disk), [1, 1, 1, 1])
-            disk.frontend.set_config(self.WRITEBACK, b"\1")
-            self.assertEqual(self.writes(disk), [0, 0, 0, 0])
+        for kind in FILES:
+            with self.subTest(kind), self.disk(kind, content_of(8)) as disk:
+                self.assertEqual(self.writes(disk), [0, 0, 0, 0])
+                with made_durable() as synced:
+                    disk.frontend.set_config(self.WRITEBACK, b"\0")
+                    self.assertEqual(len(synced), 1, "what was written before is durable as well")
+                self.assertEqual(self.writes(disk), [1, 1, 1, 1])
+                disk.frontend.set_config(self.WRITEBACK, b"\1")
+                self.assertEqual(self.writes(disk), [0, 0, 0, 0])
 
     def test_write_through_stays(self) -> None:
         """Features are set again while rings run, as when a migration begins; the driver's choice of the cache mode outlives that."""
@@ -718,15 +760,25 @@ class ConfigSpace(DeviceTest):
             self.assertEqual(self.writes(disk), [1, 1, 1, 1])
 
     def test_next_front_end(self) -> None:
-        """What a front-end has set is gone with it."""
+        """What the driver has set stays when the front-end comes back, and ends with a reset."""
         with self.disk("file", content_of(8)) as disk:
             disk.frontend.set_config(self.WRITEBACK, b"\0")
             path = disk.frontend.connection.socket.getpeername()
             disk.frontend.close()
             disk.frontend = Frontend.connect(path)
             disk.queues = list(disk.frontend.setup(features=EVERYTHING, memory=8 * MIB))
+            self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 1), b"\0")
+            self.assertEqual(self.writes(disk), [1, 1, 1, 1])
+            disk.frontend.request("RESET_DEVICE")
             self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 1), b"\1")
-            self.assertEqual(self.writes(disk), [0, 0, 0, 0])
+
+    def test_writeback_is_only_there_with_its_feature(self) -> None:
+        for without in CONFIG_WCE, FLUSH:
+            with self.disk("file", content_of(8), setup={"features": EVERYTHING & ~without}) as disk:
+                for value in b"\0", b"\1":
+                    with self.assertRaises(Refused):
+                        disk.frontend.set_config(self.WRITEBACK, value)
+                self.assertEqual(self.writes(disk), [int(without == FLUSH)] * 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -773,6 +825,87 @@ class InFlight(DeviceTest):
                         self.assertEqual(found[:-1], model[2 * slot * SECTOR : 2 * (slot + 1) * SECTOR])
         self.assertEqual(disk.content(), model)
 
+    def batch(self, disk: Disk, requests: Sequence[tuple[int, int, bytes, int]]) -> list[tuple[int, bytes]]:
+        """Requests (kind, sector, data out, bytes in) that the device finds all at once: status and data of each."""
+        area = disk.frontend.arena[0]
+        all_parts = []
+        for number, (kind, sector, out, into) in enumerate(requests):
+            pieces = [struct.pack("<IIQ", kind, 0, sector), *([out] if out else [])]
+            all_parts.append(disk.chain(pieces, [*([into] if into else []), 1], at=area + 65536 * number))
+        disk.daemon.vrings[0]._chunk = len(requests)
+        disk.collect(len(requests))
+        return [(found[-1], found[:-1]) for found in (parts.result() for parts in all_parts)]
+
+    @contextlib.contextmanager
+    def transfers(self, disk: Disk) -> Iterator[list[tuple[str, int, int]]]:
+        """What reaches the kernel meanwhile: (name, offset, buffers)."""
+        found: list[tuple[str, int, int]] = []
+        image, prepare = disk.image, IoUring.prepare
+        read, write = image.read, image.write
+
+        def noted(name: str, transfer: Callable[[Sequence[memoryview], int], int]) -> Callable[[Sequence[memoryview], int], int]:
+            def noting(views: Sequence[memoryview], offset: int) -> int:
+                found.append((name, offset, len(views)))
+                return transfer(views, offset)
+
+            return noting
+
+        def noted_prepare(ring: IoUring, operation: int, file: int, address: int, length: int, offset: int, flags: int, token: int) -> None:
+            names = {OP_READ: ("read", 1), OP_READV: ("read", length), OP_WRITE: ("write", 1), OP_WRITEV: ("write", length)}
+            name, buffers = names.get(operation, ("flush", 0))
+            found.append((name, offset, buffers))
+            prepare(ring, operation, file, address, length, offset, flags, token)
+
+        read_cached = image.read_cached
+        image.read, image.write = noted("read", read), noted("write", write)
+        image.read_cached = noted("read", read_cached) if read_cached else None
+        with mock.patch.object(IoUring, "prepare", noted_prepare):
+            yield found
+        image.read, image.write, image.read_cached = read, write, read_cached
+
+    def test_neighbours_in_a_batch_are_one_transfer(self) -> None:
+        """Requests that follow one another on the disk, of the same direction, up to 1 MiB; a flush is none of them and keeps its place."""
+        for kind in FILES:
+            with self.subTest(kind), self.disk(kind, content_of(4096)) as disk:
+                data = [content_of(8, seed) for seed in range(5)]
+                requests = [(OUT, 16 + 8 * number, data[number], 0) for number in range(4)]
+                requests += [(T_FLUSH, 0, b"", 0), (OUT, 48, data[4], 0), (OUT, 100, data[0], 0), (OUT, 99, data[1][:SECTOR], 0)]
+                # The first time it does not know that this is how they come.
+                self.assertEqual(self.batch(disk, requests), [(OK, b"")] * 8)
+                with self.transfers(disk) as found:
+                    self.assertEqual(self.batch(disk, requests), [(OK, b"")] * 8)
+                writes = [("write", 16 * SECTOR, 4), ("write", 48 * SECTOR, 1), ("write", 100 * SECTOR, 1), ("write", 99 * SECTOR, 1)]
+                self.assertEqual([transfer for transfer in found if transfer[0] == "write"], writes)
+                if kind in ("cached", "uring"):
+                    self.assertEqual(found[1][0], "flush")
+                model = disk.content()
+                self.assertEqual(model[16 * SECTOR : 56 * SECTOR], b"".join(data))
+                self.assertEqual(model[99 * SECTOR : 108 * SECTOR], data[1][:SECTOR] + data[0])
+                reads = [(IN, 8 * number, b"", 4096) for number in range(20)]
+                self.batch(disk, reads)
+                with self.transfers(disk) as found:
+                    answers = self.batch(disk, [*reads, (OUT, 160, data[0], 0), (IN, 200, b"", 512), (IN, 201, b"", 1024)])
+                self.assertEqual(answers[:20], [(OK, model[4096 * number : 4096 * (number + 1)]) for number in range(20)])
+                self.assertEqual(answers[20:], [(OK, b""), (OK, model[200 * SECTOR :][:512]), (OK, model[201 * SECTOR :][:1024])])
+                if kind != "mapped":
+                    self.assertEqual(found, [("read", 0, 20), ("write", 160 * SECTOR, 1), ("read", 200 * SECTOR, 2)])
+                if kind != "mapped":
+                    self.batch(disk, reads)
+                    with self.transfers(disk) as found:
+                        self.batch(disk, [(IN, 120 * number, b"", 120 * SECTOR) for number in range(20)])
+                    self.assertEqual([buffers for _, _, buffers in found], [17, 3], "1 MiB at most")
+
+    def test_each_request_of_a_transfer_that_fails_has_its_own_status(self) -> None:
+        """Only the last read's part of the file is gone."""
+        for kind in [kind for kind in FILES if kind != "mapped"]:
+            with self.subTest(kind), self.disk(kind, content_of(64)) as disk:
+                before = disk.content()
+                os.truncate(disk.path, 24 * SECTOR)
+                disk.blk._gathers.add(0)
+                answers = self.batch(disk, [(IN, 8, b"", 4096), (IN, 16, b"", 4096), (IN, 24, b"", 4096), (OUT, 0, bytes(4096), 0)])
+                self.assertEqual(answers[:2], [(OK, before[4096:8192]), (OK, before[8192:12288])])
+                self.assertEqual((answers[2][0], answers[3][0]), (IOERR, OK))
+
     def test_threads_share_the_queues(self) -> None:
         image = RamImage(SECTOR)
         self.addCleanup(image.close)
@@ -786,8 +919,6 @@ class InFlight(DeviceTest):
 # ---------------------------------------------------------------------------------------------------------------------------
 # Storage that changes or fails
 # ---------------------------------------------------------------------------------------------------------------------------
-
-FILES = [kind for kind in KINDS if kind != "ram"]
 
 
 class Resize(DeviceTest):
@@ -882,7 +1013,7 @@ class Failing(FileImage):
     broken = False
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, mapped=False)
+        super().__init__(path, aio="sync")
         self._read_all, self._write_all = self.read, self.write
         self.read = self._failing_read
         self.write = self._failing_write
@@ -916,7 +1047,7 @@ class Slow(FileImage):
     """Storage that transfers a few bytes at a time."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, mapped=False)
+        super().__init__(path, aio="sync")
         self.calls = 0
         self.read = lambda views, offset: os.preadv(self.fd, self._some(views), offset)
         self.write = lambda views, offset: os.pwritev(self.fd, self._some(views), offset)
@@ -928,6 +1059,14 @@ class Slow(FileImage):
             some.append(view[:left])
             left -= len(some[-1])
         return some
+
+
+class Elsewhere(Cold):
+    """Whose transfers go to another file: one that has nothing to read yet."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        super().__init__(path)
+        self.uring_fd = fd
 
 
 class Storage(DeviceTest):
@@ -949,7 +1088,7 @@ class Storage(DeviceTest):
                 disk.image.broken = True
                 for kind, out, into in requests:
                     self.assertEqual(disk.request(kind, 0, out, into)[0], IOERR, kind)
-                    self.assertIn("this disk is broken", self.log.lines[-1])
+                    self.assertRegex(self.log.lines[-1], "this disk is broken|flush failed: Input/output error")
                 self.assertEqual(disk.request(GET_ID, into=20)[0], OK)
                 self.assertEqual(disk.content(), before)
                 disk.image.broken = False
@@ -974,12 +1113,139 @@ class Storage(DeviceTest):
                 os.truncate(disk.path, 10 * SECTOR)
                 self.assertEqual(disk.request(IN, 0, into=20 * SECTOR)[0], IOERR, "the file ends")
 
+    @unittest.skipUnless("uring" in KINDS, "no io_uring here")
+    def test_io_uring_with_errors(self) -> None:
+        """A file that cannot be written, and one that cannot be read past the cache at odd addresses: what has to fail does, for good reason."""
+        with self.disk("uring", content_of(64), read_only=True) as disk:
+            disk.blk.read_only = False  # so that it is tried
+            self.assertEqual(disk.request(OUT, 0, bytes(SECTOR))[0], IOERR)
+            self.assertIn("Bad file descriptor", self.log.lines[-1])
+            self.assertEqual(disk.read(3, SECTOR), content_of(64)[3 * SECTOR : 4 * SECTOR])
+
+    @unittest.skipUnless("uring" in KINDS, "no io_uring here")
+    def test_what_is_not_in_the_page_cache(self) -> None:
+        """It goes through io_uring, the rest of its batch too; the next batch is looked for in the page cache again."""
+
+        def missing(views: Sequence[memoryview], offset: int) -> int:
+            tried.append(offset)
+            if offset < 8 * SECTOR:
+                raise BlockingIOError(errno.EAGAIN, "not in memory")
+            return cached(views, offset)
+
+        tried: list[int] = []
+        with self.disk("cached", content_of(64)) as disk:
+            cached = disk.image.read
+            disk.image.read_cached = missing
+            for gathering in False, True:
+                if gathering:
+                    disk.blk._gathers.add(0)
+                tried.clear()
+                with mock.patch.object(IoUring, "prepare", autospec=True, side_effect=IoUring.prepare) as prepared:
+                    for first in 40, 0, 24:
+                        for number, sector in enumerate((first + 5, first, first + 16)):
+                            disk.chain([struct.pack("<IIQ", IN, 0, sector)], [SECTOR, 1], at=disk.frontend.arena[0] + 4096 * number)
+                        for parts, _ in disk.collect(3):
+                            sector = (first + 5, first, first + 16)[(parts.start - disk.frontend.arena[0]) // 4096]
+                            self.assertEqual(parts.result(), content_of(64)[sector * SECTOR : (sector + 1) * SECTOR] + bytes([OK]))
+                self.assertEqual(prepared.call_count, 3)
+                self.assertEqual([offset // SECTOR for offset in tried], [45, 40, 56, 5, 29, 24, 40])
+
+    @unittest.skipUnless("uring" in KINDS, "no io_uring here")
+    def test_more_transfers_than_the_ring_has_room_for(self) -> None:
+        with mock.patch.object(blk.Uring, "_ENTRIES", 2), self.disk("uring", content_of(512)) as disk:
+            area = disk.frontend.arena[0]
+            for number in range(64):  # none next to another
+                disk.chain([struct.pack("<IIQ", IN, 0, 504 - 8 * number)], [8 * SECTOR, 1], at=area + 8192 * number)
+            for parts, _ in disk.collect(64):
+                sector = 504 - 8 * ((parts.start - area) // 8192)
+                self.assertEqual(parts.result(), content_of(512)[sector * SECTOR : (sector + 8) * SECTOR] + bytes([OK]))
+
+    @unittest.skipUnless("uring" in KINDS, "no io_uring here")
+    def test_transfers_that_take_their_time(self) -> None:
+        """They come later, in any order, and are waited for when the ring stops, the front-end leaves, or the program ends."""
+
+        def stop(disk: Disk) -> None:
+            disk.frontend.stop_queue(disk.queues.pop())
+
+        def leave(disk: Disk) -> None:
+            disk.frontend.close()
+
+        for end in None, stop, leave, Disk.close:
+            with self.subTest(end), tempfile.TemporaryDirectory(prefix="vhost-user-") as folder:
+                pipe = os.path.join(folder, "pipe")
+                os.mkfifo(pipe)
+                ours = os.open(pipe, os.O_RDWR)
+                self.addCleanup(os.close, ours)
+                with self.disk("uring", content_of(64), image=lambda path, fd=ours: Elsewhere(path, fd)) as disk:  # type: ignore[misc]
+                    ring = disk.blk._transfers[0]._ring
+                    parts = disk.chain([struct.pack("<IIQ", IN, 0, 0)], [SECTOR, 1])
+                    disk.queues[0].publish()
+                    disk.queues[0].kick()
+                    deadline = time.monotonic() + PATIENCE
+                    while not ring.flying and time.monotonic() < deadline:
+                        time.sleep(0.001)
+                    self.assertEqual(disk.frontend.queue_num(), 1, "the control socket answers")
+                    self.assertEqual(disk.queues[0].driver.used(), [])
+                    threading.Timer(0.05, os.write, (ours, b"x" * SECTOR)).start()
+                    if end:
+                        end(disk)
+                    else:
+                        disk.collect(1)
+                    if end is stop or not end:
+                        self.assertEqual(parts.result(), b"x" * SECTOR + bytes([OK]))
+
+    @unittest.skipUnless("uring" in KINDS, "no io_uring here")
+    def test_io_uring_that_is_taken_away(self) -> None:
+        """The disk goes on by system calls."""
+        with self.disk("uring", content_of(64)) as disk:
+            with mock.patch.object(IoUring, "_call", side_effect=OSError(errno.EPERM, "a filter")):
+                for number in range(3):
+                    disk.chain([struct.pack("<IIQ", IN, 0, 10 * number)], [SECTOR, 1], at=disk.frontend.arena[0] + 4096 * number)
+                for parts, _ in disk.collect(3):
+                    sector = 10 * ((parts.start - disk.frontend.arena[0]) // 4096)
+                    self.assertEqual(parts.result(), content_of(64)[sector * SECTOR : (sector + 1) * SECTOR] + bytes([OK]))
+            self.assertIn("io_uring failed: [Errno 1] a filter", self.log.lines)
+            self.assertEqual(disk.read(3, SECTOR), content_of(64)[3 * SECTOR : 4 * SECTOR])
+
+    def test_without_io_uring(self) -> None:
+        """What the kernel does not give is done by system calls, and the log says why."""
+        for code, reason in (errno.EPERM, "kernel.io_uring_disabled"), (errno.ENOSYS, "the kernel has none"), (errno.ENOMEM, "ulimit -l"):
+            with self.subTest(reason), mock.patch.object(IoUring, "__init__", side_effect=OSError(code, REASONS[code])):
+                for aio in "io_uring", "auto":
+                    with self.disk("file", content_of(8), image=lambda path, aio=aio: FileImage(path, aio=aio)) as disk:  # type: ignore[misc]
+                        self.assertIsNone(disk.image.uring_fd)
+                        self.assertEqual(disk.read(3, SECTOR), content_of(8)[3 * SECTOR : 4 * SECTOR])
+                    self.assertIn(reason, self.log.lines[-3] + self.log.lines[0])
+
+    def test_past_the_page_cache(self) -> None:
+        """With `direct`, also for buffers and lengths that the storage cannot take, which the page cache helps out with."""
+        for aio in "sync", "io_uring", "auto":
+            with self.subTest(aio), self.disk("file", content_of(64), image=lambda path, aio=aio: FileImage(path, aio=aio, direct=True)) as disk:  # type: ignore[misc]
+                model = bytearray(content_of(64))
+                for sector, length, at in (0, 4096, 4096), (8, 8192, 8192), (3, 512, 4096), (8, 4096, 4099), (1, 1024, 12345):
+                    start = disk.frontend.arena[0] // 4096 * 4096 + at
+                    data = content_of(length // SECTOR, at)
+                    header, status = disk.frontend.arena[0] + (1 << 20), disk.frontend.arena[0] + (1 << 20) + 64
+                    for kind in OUT, IN:
+                        disk.frontend.memory.write(header, struct.pack("<IIQ", kind, 0, sector) + bytes(48) + b"\xff")
+                        disk.frontend.memory.write(start, data if kind == OUT else bytes(length))
+                        data_part = [(start, length)]
+                        readable = [(header, 16), *(data_part if kind == OUT else [])]
+                        disk.queues[0].driver.add(readable, [*(data_part if kind == IN else []), (status, 1)], kind)
+                        disk.collect(1)
+                        self.assertEqual(disk.frontend.memory.read(status, 1), b"\0")
+                    self.assertEqual(disk.frontend.memory.read(start, length), data)
+                    model[sector * SECTOR : sector * SECTOR + length] = data
+                self.assertEqual(disk.content(), model)
+        with self.assertRaisesRegex(ValueError, "page cache"):
+            FileImage(self.path("file", content_of(8)), aio="mmap", direct=True)
+
     def test_close(self) -> None:
         """A closed image has nothing open or mapped, also while something refers to it."""
-        for mapped in False, True:
+        for aio in "sync", "mmap", "io_uring":
             path = self.path("file", content_of(64))
-            image = FileImage(path, mapped=mapped)
-            self.assertEqual(mapped_bytes(path) > 0, mapped)
+            image = FileImage(path, aio=aio)
+            self.assertEqual(mapped_bytes(path) > 0, aio == "mmap")
             fd = image.fd
             image.close()
             self.assertEqual(mapped_bytes(path), 0)

@@ -103,6 +103,8 @@ class Disk:
     postcopy: bool = False
     log_level: str = "debug"  # for the traces
     processes: int = 1
+    aio: str = "auto"
+    direct: bool = False
 
 
 # User-mode Linux takes every feature that it is offered, so split rings there are for the device to ask for.
@@ -122,6 +124,8 @@ def _our_disk(disk: Disk, socket: Path) -> list[str]:
         *(["--postcopy"] if disk.postcopy else []),
         f"--log-level={disk.log_level}",
         f"--processes={disk.processes}",
+        f"--aio={disk.aio}",
+        *(["--direct"] if disk.direct else []),
     ]
 
 
@@ -159,7 +163,7 @@ class DiskKind:
 
 DISKS = {
     "ours": DiskKind(_our_disk),
-    "qsd": DiskKind(_sid_storage_daemon, frozenset({"packed", "in_order", "processes", "resize"})),
+    "qsd": DiskKind(_sid_storage_daemon, frozenset({"aio", "packed", "in_order", "processes", "resize"})),
 }
 
 

@@ -63,11 +63,19 @@ class SharedGuest(InteropTest):
             self._drop_guest()
             raise
 
-    def exercise(self, with_: Sequence[int], without: Sequence[int] = (), processes: int = 1, **properties: bool | int) -> None:
+    def exercise(
+        self,
+        with_: Sequence[int],
+        without: Sequence[int] = (),
+        processes: int = 1,
+        aio: str = "auto",
+        direct: bool = False,
+        **properties: bool | int,
+    ) -> None:
         """One configuration: file system, verified random writes, and the image on the host has it all."""
         image = self.image("disk.img", SIZE)
         queues = properties.get("num_queues", 1)
-        serve_disk(self, Disk(image, num_queues=queues, processes=processes), self.dir / "disk.sock")
+        serve_disk(self, Disk(image, num_queues=queues, processes=processes, aio=aio, direct=direct), self.dir / "disk.sock")
         with self.plugged(**properties) as guest:
             diskcheck.expect_features(guest, with_, without)
             diskcheck.filesystem(guest)
@@ -95,6 +103,12 @@ class Newest(SharedGuest):
     def test_two_processes_packed(self) -> None:
         needs_disk("processes", "packed")
         self.exercise((MQ, RING_PACKED), num_queues=2, processes=2, packed=True)
+
+    def test_each_way_to_transfer(self) -> None:
+        needs_disk("aio")
+        for aio, direct in ("sync", False), ("sync", True), ("mmap", False), ("io_uring", False), ("io_uring", True):
+            with self.subTest(aio, direct=direct):
+                self.exercise((INDIRECT_DESC, EVENT_IDX), aio=aio, direct=direct)
 
     def test_the_guest_switches_the_write_cache_off(self) -> None:
         image = self.image("disk.img", SIZE)

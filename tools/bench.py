@@ -370,7 +370,7 @@ def programs(folder: Path, rounds: int) -> Iterator[str]:
 def _image(folder: Path) -> FileImage:
     path = folder / "disk.img"
     path.write_bytes(os.urandom(1 << 20) * (IMAGE_SIZE >> 20))  # no holes: they cost less to read
-    return FileImage(str(path))
+    return FileImage(str(path), aio="sync")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
