@@ -129,15 +129,15 @@ def _our_disk(disk: Disk, socket: Path) -> list[str]:
     ]
 
 
-def storage_daemon(disk: Disk, socket: Path, *, aio: str = "io_uring") -> list[str]:
-    """Debian 12's own qemu-storage-daemon; `sid.command` around it makes it the newest."""
+def storage_daemon(disk: Disk, socket: Path, *, aio: str = "io_uring", poll_max_ns: int = 32768) -> list[str]:
+    """Debian 12's own qemu-storage-daemon; `sid.command` around it makes it the newest. It polls for as long as it does by default."""
     writable = "off" if disk.read_only else "on"
     return [
         "qemu-storage-daemon",
         "--blockdev",
         f"driver=file,node-name=f,filename={disk.image},aio={aio},read-only={'on' if disk.read_only else 'off'}",
         "--object",
-        "iothread,id=t0",
+        f"iothread,id=t0,poll-max-ns={poll_max_ns}",
         "--export",
         f"type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable={writable},num-queues={disk.num_queues},iothread=t0",
     ]
