@@ -1949,15 +1949,15 @@ class CompletionTests(RingTest):
                     published.append(len(ring.returned()))
                     found.append([chain.id for chain in chains])
                     held.append(chains.pop())
-                    ring.vring.add_used_all((chain, chain.id) for chain in chains)
+                    ring.vring.add_used_all(chains)
                 self.assertEqual(found, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]])
                 self.assertEqual(published, [0, 3, 3 if features != IN_ORDER else 0])
-                ring.vring.add_used_all([(chain, chain.id) for chain in held])
+                ring.vring.add_used_all(held)
                 returned = [identity for identity, _ in ring.returned()]
                 self.assertEqual(returned[-1], 10)
                 self.assertEqual(ring.vring.in_flight, 0)
                 with self.raises(VringError, "twice"):
-                    ring.vring.add_used_all([(held[0], 1)])
+                    ring.vring.add_used_all(held[:1])
                 self.lives(ring)
 
     def test_batches_left_early(self) -> None:
@@ -1967,8 +1967,8 @@ class CompletionTests(RingTest):
             self.offer(ring, 7)
             first = next(ring.vring.batches())
             self.assertEqual([[chain.id for chain in chains] for chains in ring.vring.batches()], [[4, 5, 6]])
-            ring.vring.add_used_all((chain, 1) for chain in first)
-            self.assertEqual(ring.returned(), [(identity, 1) for identity in range(4)])
+            ring.vring.add_used_all(first)
+            self.assertEqual(ring.returned(), [(identity, 4) for identity in range(4)])
 
     def test_completion_from_many_threads(self) -> None:
         """None is lost, none comes twice."""
@@ -2353,7 +2353,7 @@ class NotificationTests(RingTest):
             driver.add([], [(DATA, 4)])
             driver.publish()
             self.assertTrue(ring.vring.drain(process), "chains are left")
-            self.assertLess(served, 10000)
+            self.assertLess(served, 2 * VringState.TURN)
 
     def test_low_level_switches(self) -> None:
         """enable_notification, disable_notification, needs_notification, signal_used_queue: the crate's methods."""
@@ -2480,6 +2480,163 @@ class RecoveryTests(CoreTest):
                     recover(kind(area, 8))
         with self.assertRaisesRegex(VringError, "for a queue of 8, this one has 16"):
             SplitInflight(memoryview(bytearray(area[:0].tobytes() + bytes(8) + struct.pack("=HH", 1, 8) + bytes(500))), 16)
+
+
+class MovedBufferTests(RingTest):
+    """Header and status where they were, and the data in another place each time: as a guest's page cache has its disk's requests."""
+
+    def moving(self) -> Iterator[tuple[RawRing, bool]]:
+        """A ring that has given up to remember chains, direct and indirect."""
+        for indirect in False, True:
+            for ring in self.rings(size=16):
+                assert ring.vring.queue
+                ring.vring.queue._learning = False
+                yield ring, indirect
+
+    def offer(self, ring: RawRing, indirect: bool, slot: int, data: tuple[int, int, int], status: int = 1) -> None:
+        """A header of 16 bytes and a status of one, which `slot` has for itself, and data of (address, length, flags) between them."""
+        parts = [(DATA + 64 * slot, 16, 0), data, (DATA + 64 * slot + 16, status, F_WRITE)]
+        if indirect:
+            entries = [(*part[:2], part[2] | (F_NEXT if n < 3 else 0), n % 3) for n, part in enumerate(parts, 1)]
+            ring.offer((*ring.table(*entries, at=TABLES + 64 * slot), F_INDIRECT), slot=slot)
+        else:
+            ring.offer(*parts, slot=slot if ring.packed else 3 * slot)
+
+    def test_each_chain_has_its_own_parts(self) -> None:
+        """In any region, both ways, of other lengths; and what leaves RAM is refused however well the rest of the chain is known."""
+        places = [DATA + 0x1000, RINGS + 0x30000 - 64, RINGS + 0x30000, RINGS + 0x38000, FAR, FAR + 0x1000 - 64]
+        outside = [END - 32, END, FAR - 1, FAR + 0x1000 - 63, FAR + 0x1000, (1 << 64) - 64, 0]
+        for ring, indirect in self.moving():
+            with self.seeded(packed=ring.packed, indirect=indirect) as rng:
+                refused = 0
+                for _ in range(300):
+                    expected = []
+                    for slot in rng.sample(range(5), rng.randrange(1, 6)):
+                        header, content = rng.randbytes(16), rng.randbytes(64)
+                        ring.memory.write(DATA + 64 * slot, header)
+                        address, flags, length = rng.choice(places), rng.choice((0, F_WRITE)), rng.choice((64, 64, 64, 3))
+                        if rng.random() < 0.1:
+                            address, length = rng.choice(outside), 64
+                            refused += 1
+                        else:
+                            ring.memory.write(address, content)
+                            expected.append((header if flags else header + content[:length], address, length if flags else 0))
+                        self.offer(ring, indirect, slot, (address, length, flags))
+                        found = []
+                        for chain in ring.vring:
+                            found.append((b"".join(chain.readable), chain.readable_len, chain.writable_len))
+                            for part in chain.writable:
+                                part[:] = bytes(len(part))
+                            ring.vring.add_used(chain, 0)
+                        self.assertEqual(found, [(readable, len(readable), 1 + written) for readable, address, written in expected])
+                        for _, address, written in expected:
+                            self.assertEqual(ring.memory.read(address, written), bytes(written))
+                        expected.clear()
+                assert ring.vring.queue
+                self.assertEqual((ring.vring.broken, ring.vring.malformed), (None, refused))
+                self.assertFalse(ring.vring.queue._learning)
+                ring.returned()
+
+    def test_three_descriptors_are_taken_as_any_number_is(self) -> None:
+        """There is a short way for them: it must find the same, and refuse the same."""
+        gib = 1 << 30
+        big = GuestRegionMmap(self.memfd(3 * gib), 4 * gib, 3 * gib, 0)
+        values = {  # of each field, right and wrong
+            "address": [DATA, DATA + 0x2000, END - 16, END, FAR - 1, 0, 4 * gib, 7 * gib - 16, (1 << 64) - 1],
+            "length": [1, 16, 17, 0, 2 * gib, 2 * gib],
+            "flags": [0, F_NEXT, F_WRITE, F_NEXT | F_WRITE, F_INDIRECT, F_NEXT | F_INDIRECT, F_WRITE | F_INDIRECT],
+            "link": [0, 1, 2, 3, 4, 5, 6, 0xFFFF],
+        }
+        for ring in self.rings(size=16):
+            ring.vring.stop()
+            ring.atomic.replace(GuestMemoryMmap([*ring.memory.regions, big]))
+            ring.vring.start()
+            queue = ring.vring.queue
+            assert queue
+            outcomes: list[str] = []
+            with self.seeded(packed=ring.packed) as rng:
+                for _ in range(6000):
+                    first = None if ring.packed else rng.choice((0, 3))
+                    start, into = rng.choice((DATA, 4 * gib)), rng.choice((0, F_WRITE))
+                    chain = [
+                        {"address": start, "length": 16, "flags": F_NEXT, "link": (first or 0) + 1},
+                        {"address": start + 0x1000, "length": 64, "flags": F_NEXT | into, "link": (first or 0) + 2},
+                        {"address": start + 0x40, "length": 1, "flags": F_WRITE, "link": 0},
+                    ]
+                    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
+                        field = rng.choice(list(values))
+                        rng.choice(chain)[field] = rng.choice(values[field])
+                    content = b"".join(
+                        struct.pack("<QIHH", d["address"], d["length"], *((0, d["flags"]) if ring.packed else (d["flags"], d["link"]))) for d in chain
+                    )
+                    expected = self.outcome(queue._any_chain, content, first)
+                    self.assertEqual(self.outcome(queue._chain, content, first), expected, content.hex(" ", 16))
+                    outcomes.append(expected[0])
+            self.assertGreater(outcomes.count("parts"), 1000)
+            self.assertGreater(outcomes.count("_MalformedChain"), 1000)
+
+    def outcome(self, parse: Callable[[int, bytes, int | None], DescriptorChain], content: bytes, first: int | None) -> tuple[str, object]:
+        """Where the parts of a chain begin in this process, and their lengths; or how it is refused."""
+        try:
+            chain = parse(5, content, first)
+        except Exception as error:
+            return type(error).__name__, str(error)
+        views = [[(ctypes.addressof(ctypes.c_char.from_buffer(part)), len(part)) for part in parts] for parts in (chain.readable, chain.writable)]
+        return "parts", (views, chain.readable_len, chain.writable_len, chain.id)
+
+    def test_layout_memo_stays_and_memo_goes(self) -> None:
+        for ring, indirect in self.moving():
+            seen = []
+            for turn in range(5):  # not beyond the end of a packed ring: its flags differ from lap to lap
+                self.offer(ring, indirect, 1, (DATA + 0x1000 + 64 * turn, 64, F_WRITE))
+                [chain] = ring.vring
+                seen.append((chain.memo, chain.layout_memo))
+                chain.memo, chain.layout_memo = turn, "layout"
+                ring.vring.add_used(chain, 65)
+                ring.returned()
+            self.assertEqual(seen[2:], [(None, "layout")] * 3, "the first ones are not known yet")
+
+    def test_chain_in_flight_keeps_its_parts(self) -> None:
+        """The driver names the same header again before it has the first one back."""
+        for ring, indirect in self.moving():
+            if not indirect:
+                continue  # with the same descriptors, that is
+            self.offer(ring, True, 1, (DATA + 0x1000, 64, F_WRITE))
+            for chain in ring.vring:
+                ring.vring.add_used(chain, 0)
+            self.offer(ring, True, 1, (DATA + 0x2000, 64, F_WRITE))
+            [first] = ring.vring
+            self.offer(ring, True, 1, (DATA + 0x3000, 64, F_WRITE))
+            [second] = ring.vring
+            first.writable[0][:] = b"1" * 64
+            second.writable[0][:] = b"2" * 64
+            self.assertEqual(ring.memory.read(DATA + 0x2000, 64), b"1" * 64)
+            self.assertEqual(ring.memory.read(DATA + 0x3000, 64), b"2" * 64)
+            ring.vring.add_used(first, 64)
+            ring.vring.add_used(second, 64)
+
+    def test_memory_that_has_changed(self) -> None:
+        """What is known belongs to the memory that it was found in: the ring runs on, in a copy of it."""
+        for ring, indirect in self.moving():
+            for turn in range(6):
+                if turn == 3:
+                    [size, (desc, driver, device)] = (PackedDriverQueue if ring.packed else SplitDriverQueue).layout(16)
+                    self.assertLess(size, 0x1000)
+                    copy = GuestMemoryMmap.from_ranges([(RINGS, 0x40000)])
+                    copy.regions[0].view[:] = b"".join(region.view for region in ring.memory.regions[:2])
+                    ring.atomic.replace(copy)
+                    ring.vring.set_queue_info(RINGS + desc, RINGS + driver, RINGS + device)
+                    ring.memory, ring.desc = copy, copy.view(RINGS + desc, 16 * 16)
+                    ring.driver_area = copy.view(RINGS + driver, 4 if ring.packed else 6 + 2 * 16).cast("H")
+                    assert ring.vring.queue
+                    ring.vring.queue._learning = False
+                self.offer(ring, indirect, 0, (DATA + 0x1000 + 64 * turn, 64, F_WRITE))
+                [chain] = ring.vring
+                chain.writable[0][:] = b"x" * 64
+                chain.writable[1][0] = turn
+                ring.vring.add_used(chain, 65)
+                self.assertEqual(ring.memory.read(DATA + 0x1000 + 64 * turn, 64), b"x" * 64)
+                self.assertEqual(ring.memory.read(DATA + 16, 1)[0], turn)
 
 
 class RandomRingTests(CoreTest):
@@ -4215,6 +4372,30 @@ class PollingTests(DaemonTest):
                 self.assertEqual(queue.wait(PATIENCE), [(number, 4)])
                 frontend.request("GET_FEATURES")
             self.assertEqual([frontend.stop_queue(first), frontend.stop_queue(second)], [26, 24])
+
+    def test_it_does_not_look_at_an_empty_ring_while_another_has_more(self) -> None:
+        class Busy(Echo):
+            """Ring 0 always has more."""
+
+            turns = 0
+
+            def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+                if device_event == 0:
+                    self.turns += 1
+                    time.sleep(0.001)
+                    return True
+                return super().handle_event(device_event, evset, vrings, thread_id)
+
+        device = Busy()
+        with self.serving(device, poll_us=self.LONG) as served, served.connect() as frontend:
+            first, second = frontend.setup(2, memory=4 << 20, size=64)
+            [worker] = served.daemon.get_epoll_handlers()
+            first.kick()
+            wait_until(lambda: device.turns > 5, "ring 0 to be busy")
+            worker._window = self.LONG / 1e6
+            self.echo(frontend, second)
+            turns = device.turns
+            wait_until(lambda: device.turns > turns + 20, "ring 0 to go on", self.LONG / 2e6)
 
     def test_it_sleeps_when_polling_does_not_pay(self) -> None:
         """After a pause longer than the longest poll it does not poll at all the next time."""

@@ -1521,6 +1521,7 @@ class VringEpollHandler:
         self._seen: list[tuple[int, int]] = []  # events that a poll of a ring came across
         for position, vring in enumerate(vrings):
             vring.wake = self._waker(position)
+            vring.turn = vring.TURN if len(vrings) == 1 else vring.SHARED_TURN
             if poll_us:
                 vring.linger = functools.partial(self._linger, position)
         self._thread = threading.Thread(target=self._run, name=f"{name}-worker-{thread_id}", daemon=True)
@@ -1628,6 +1629,8 @@ class VringEpollHandler:
 
     def _linger(self, position: int, ready: Callable[[], bool]) -> bool:
         """Poll a ring that was emptied, for as long as it seems to pay. Returns whether it is `ready` again; or else there may be other things."""
+        if self._pending:
+            return False  # another ring has more
         start = time.perf_counter()
         while time.perf_counter() < start + self._window:
             for _ in range(self._LOOKS):

@@ -125,7 +125,9 @@ EVENT_FLAGS_ENABLE = 0  # event suppression structures of the packed ring (virti
 EVENT_FLAGS_DISABLE = 1
 EVENT_FLAGS_DESC = 2
 
+_WRITE_OR_INDIRECT = DESC_F_WRITE | DESC_F_INDIRECT
 _DESCRIPTOR_SIZE = 16
+_THREE = 3 * _DESCRIPTOR_SIZE
 _SWAP = sys.byteorder == "big"  # rings are little-endian, but for those of legacy drivers
 _DESCRIPTOR = struct.Struct("<QIHH")  # address, length, then flags, next (split) or id, flags (packed)
 _BIG_DESCRIPTOR = struct.Struct(">QIHH")
@@ -188,11 +190,15 @@ class DescriptorChain:
     writable_len  bytes in `writable`
     memo          whatever the device wants to keep about these parts; None at first. A driver uses its buffers again and again, and
                   the framework then hands out the same object with a new content: what depends on the parts alone may stay in here
+    layout_memo   likewise, about the number and the lengths of the parts: it stays when one of them has moved, and `memo` is None again
 
     Don't use a chain after `add_used`.
     """
 
-    __slots__ = ("_holder", "_read_at", "_token", "_used", "_write_at", "memo", "readable", "readable_len", "writable", "writable_len")
+    __slots__ = (
+        *("_holder", "_read_at", "_token", "_used", "_write_at"),
+        *("layout_memo", "memo", "readable", "readable_len", "writable", "writable_len"),
+    )
 
     def __init__(self, token: int, readable: tuple[memoryview, ...], writable: tuple[memoryview, ...], readable_len: int, writable_len: int) -> None:
         self._token = token
@@ -201,6 +207,7 @@ class DescriptorChain:
         self._write_at = 0
         self._holder: Queue | None = None  # the queue it was taken from, until it is completed
         self.memo: Any = None
+        self.layout_memo: Any = None
         self.readable = readable
         self.writable = writable
         self.readable_len = readable_len
@@ -480,6 +487,8 @@ class _Ring:
         self.big_endian = big_endian
         self._swap = big_endian != _SWAP
         self._descriptor = _BIG_DESCRIPTOR if big_endian else _DESCRIPTOR
+        self._three = _table_struct(3, big_endian).unpack
+        self._address = struct.Struct((">" if big_endian else "<") + "Q").unpack_from
 
     def _load(self, view: memoryview, item: int) -> int:
         value: int = view[item]
@@ -547,11 +556,13 @@ class Queue(_Ring, ABC):
 
     def forget(self) -> None:
         """Translate all addresses of chains anew from here on."""
-        self._ram = (0, 0, memoryview(b""))  # the region that was used last: guest address, size, view
+        self._ram = self._ram_before = (0, 0, memoryview(b""))  # regions that were used: guest address, size, view
         self._learning = True
         self._misses = self._taken_before = 0
         self._direct: dict[bytes, DescriptorChain] = {}
         self._by_table: dict[bytes, DescriptorChain] = {}
+        # By descriptors without the address of the second one: chain, length of that buffer, whether it is device-writable. None is in the others.
+        self._movable: dict[bytes, tuple[DescriptorChain, int, bool]] = {}
         self._tables: dict[bytes, tuple[int, memoryview]] = {}  # by the descriptor's bytes: token, table
 
     def lies_in(self, address: int, size: int) -> bool:
@@ -709,16 +720,46 @@ class Queue(_Ring, ABC):
         else:
             self.completed.append((token, 0))
 
-    def _remember(self, memo: dict[bytes, DescriptorChain], key: bytes, chain: DescriptorChain) -> None:
-        """Keep a parsed chain, unless the driver uses new buffers all the time: then only a sample, to see when that changes."""
-        self._misses += 1
-        if not self._misses % 1024:
+    def _new_chain(self, token: int, content: bytes, first: int | None, memo: dict[bytes, DescriptorChain]) -> DescriptorChain:
+        """`_chain`, of one that is not remembered. It is kept in `memo`, unless the driver uses new buffers all the time: then only a sample, to see
+        when that changes."""
+        self._misses = misses = self._misses + 1
+        if misses & 15 and not self._learning:
+            return self._moved_chain(token, content, first) if len(content) == _THREE else self._chain(token, content, first)
+        if not misses & 1023:
             self._learning = self.taken - self._taken_before > 2 * 1024
             self._taken_before = self.taken
-        if self._learning or not self._misses % 16:
-            if len(memo) >= self._MEMO_LIMIT:
-                memo.clear()
-            memo[key] = chain
+        chain = self._chain(token, content, first)
+        if len(memo) >= self._MEMO_LIMIT:
+            memo.clear()
+        memo[content] = chain
+        return chain
+
+    def _moved_chain(self, token: int, content: bytes, first: int | None) -> DescriptorChain:
+        """`_chain`, of three descriptors. Mostly, header and status of a disk's request are those of a request before it, and only the data is
+        somewhere else: then the chain is that one, whose content but for this address was checked."""
+        key = content[:_DESCRIPTOR_SIZE] + content[_DESCRIPTOR_SIZE + 8 :]
+        known = self._movable.get(key)
+        if known is not None:
+            chain, length, into = known
+            start, size, ram = self._ram
+            offset = self._address(content, _DESCRIPTOR_SIZE)[0] - start
+            if 0 <= offset <= size - length and chain._holder is None:
+                data = ram[offset : offset + length]
+                if into:
+                    chain.writable = data, chain.writable[1]
+                else:
+                    chain.readable = chain.readable[0], data
+                chain.memo = None
+                chain._token = token
+                return chain
+        chain = self._chain(token, content, first)
+        if len(chain.readable) + len(chain.writable) == 3 and self._ram[1]:
+            into = len(chain.writable) == 2
+            if len(self._movable) >= self._MEMO_LIMIT:
+                self._movable.clear()
+            self._movable[key] = chain, len(chain.writable[0] if into else chain.readable[1]), into
+        return chain
 
     def _table(self, address: int, length: int, key: bytes, token: int) -> memoryview:
         """The view of an indirect table, checked. Remembered by `key`, the bytes of its descriptor."""
@@ -743,10 +784,43 @@ class Queue(_Ring, ABC):
 
         `first`: for split, the index that the first one has in its table; raises _Scrambled when they are not one chain just like this.
         None: packed, where they follow by position."""
+        if len(content) == _THREE:
+            # What a disk's driver makes: header, data, status. Right, and in the region that was used last, it needs no loop.
+            a, a_len, a_flags, a_next, b, b_len, b_flags, b_next, c, c_len, c_flags, c_next = self._three(content)
+            if first is None:
+                a_flags, b_flags, c_flags = a_next, b_next, c_next
+                linked = True
+            else:
+                linked = a_next == first + 1 and b_next == first + 2 and a_flags & b_flags & DESC_F_NEXT and not c_flags & DESC_F_NEXT
+            start, size, ram = self._ram
+            a -= start
+            b -= start
+            c -= start
+            if (
+                linked
+                and not a_flags & _WRITE_OR_INDIRECT
+                and not b_flags & DESC_F_INDIRECT
+                and c_flags & _WRITE_OR_INDIRECT == DESC_F_WRITE
+                and 0 <= a <= size - a_len
+                and 0 <= b <= size - b_len
+                and 0 <= c <= size - c_len
+                and a_len
+                and b_len
+                and c_len
+                and a_len + b_len + c_len < _MOST_BYTES
+            ):
+                header, data, status = ram[a : a + a_len], ram[b : b + b_len], ram[c : c + c_len]
+                if b_flags & DESC_F_WRITE:
+                    return DescriptorChain(token, (header,), (data, status), a_len, b_len + c_len)
+                return DescriptorChain(token, (header, data), (status,), a_len + b_len, c_len)
+        return self._any_chain(token, content, first)
+
+    def _any_chain(self, token: int, content: bytes, first: int | None) -> DescriptorChain:
+        """`_chain`, of any number of descriptors."""
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         readable_len = writable_len = 0
-        start, size, ram = self._ram
+        (start, size, ram), (start_before, size_before, ram_before) = self._ram, self._ram_before
         number = first
         miss: IotlbMiss | None = None
         for address, length, third, fourth in self._descriptor.iter_unpack(content):
@@ -764,14 +838,17 @@ class Queue(_Ring, ABC):
                 parts = readable
                 readable_len += length
             offset = address - start
+            offset_before = address - start_before
             if 0 <= offset <= size - length and length:
                 parts.append(ram[offset : offset + length])
+            elif 0 <= offset_before <= size_before - length and length:
+                parts.append(ram_before[offset_before : offset_before + length])
             else:
                 try:
                     parts += self._elsewhere(address, length, ACCESS_READ if parts is readable else ACCESS_WRITE)
                 except IotlbMiss as one:
                     miss = one
-                start, size, ram = self._ram
+                (start, size, ram), (start_before, size_before, ram_before) = self._ram, self._ram_before
             if number is not None:
                 if not flags & DESC_F_NEXT:
                     break
@@ -788,13 +865,14 @@ class Queue(_Ring, ABC):
         return DescriptorChain(token, tuple(readable), tuple(writable), readable_len, writable_len)
 
     def _elsewhere(self, address: int, length: int, access: int) -> list[memoryview]:
-        """The views of a buffer that is not in the region that was used last."""
+        """The views of a buffer that is not in the two regions that were used last."""
         try:
             parts = self._memory.views(address, length, access)
         except GuestMemoryError as error:
             raise _MalformedChain(str(error)) from None
         region = self._memory.find_region(address)
         if region is not None:
+            self._ram_before = self._ram
             self._ram = (region.guest_addr, region.size, region.view)
         return parts
 
@@ -884,8 +962,9 @@ class SplitQueue(Queue):
             # What is wrong ends the batch: those before it go first, so that they can be put back, and then it comes again.
             try:
                 key = bytes(desc[spans[head]])
-                if key in tables:
-                    content = bytes(tables[key][1])
+                table = tables.get(key)
+                if table is not None:
+                    content = bytes(table[1])
                     chain = by_table.get(content)
                     if chain is None or chain._holder is not None:
                         chain = self._parse_table(head, content)
@@ -934,12 +1013,9 @@ class SplitQueue(Queue):
     def _parse(self, head: int, content: bytes) -> DescriptorChain:
         """The chain that begins at `head`; `content`: what stood there, as many descriptors as the chain had last time."""
         try:
-            chain = self._chain(head, content, head)
+            return self._new_chain(head, content, head, self._direct)
         except _Scrambled:
             pass
-        else:
-            self._remember(self._direct, content, chain)
-            return chain
         copies = self._follow(self._desc, self.size, head)
         address, length, flags, _ = self._descriptor.unpack(copies[-1])
         if flags & DESC_F_INDIRECT:  # the last one may be, alone or behind others (virtio 1.3 §2.7.5.3.2)
@@ -957,11 +1033,9 @@ class SplitQueue(Queue):
     def _parse_table(self, head: int, content: bytes) -> DescriptorChain:
         """The chain of an indirect table."""
         try:
-            chain = self._chain(head, content, 0)
+            return self._new_chain(head, content, 0, self._by_table)
         except _Scrambled:
-            chain = self._chain(head, self._renumbered(self._follow(content, len(content) // 16, 0, nested=True)), 0)
-        self._remember(self._by_table, content, chain)
-        return chain
+            return self._chain(head, self._renumbered(self._follow(content, len(content) // 16, 0, nested=True)), 0)
 
     def _renumbered(self, copies: list[bytes]) -> bytes:
         """Descriptors of a chain as they would stand one after another at the start of a table."""
@@ -1040,10 +1114,13 @@ class SplitQueue(Queue):
         return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
 
 
+_NEXT_OF_BYTE = bytes(value & DESC_F_NEXT for value in range(256))
+
+
 def _is_one_chain(content: bytes) -> bool:
     """Whether NEXT is in all of the packed ring's descriptors but the last."""
-    last = len(content) - 2
-    return not content[last] & DESC_F_NEXT and all(content[at] & DESC_F_NEXT for at in range(14, last, _DESCRIPTOR_SIZE))
+    flags = content[14::_DESCRIPTOR_SIZE]  # their lower bytes
+    return flags.translate(_NEXT_OF_BYTE).find(0) == len(flags) - 1
 
 
 class PackedQueue(Queue):
@@ -1233,16 +1310,11 @@ class PackedQueue(Queue):
             token = count << 16 | identity
             self._spans[position] = slice(16 * position, 16 * (position + count))  # a guess for the next time
             if not flags & DESC_F_INDIRECT or count > 1:
-                chain = self._chain(token, whole, None)
-                if position + count <= self.size:
-                    self._remember(self._direct, whole, chain)
-                return chain, token
+                return self._new_chain(token, whole, None, self._direct), token
             if flags & DESC_F_NEXT:
                 raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
             content = bytes(self._table(address, length, whole, token))
-        chain = self._chain(token, content, None)
-        self._remember(self._by_table, content, chain)
-        return chain, token
+        return self._new_chain(token, content, None, self._by_table), token
 
     def _publish(self, batch: list[tuple[int, int]]) -> None:
         words, size, position = self._words, self.size, self._next_used
@@ -1323,7 +1395,7 @@ class VringT(Protocol):
     def __iter__(self) -> Iterator[DescriptorChain]: ...
     def batches(self) -> Iterator[list[DescriptorChain]]: ...
     def add_used(self, chain: DescriptorChain, length: int) -> None: ...
-    def add_used_all(self, completions: Iterable[tuple[DescriptorChain, int]]) -> None: ...
+    def add_used_all(self, chains: Iterable[DescriptorChain]) -> None: ...
     def batch(self) -> ContextManager[None]: ...
     def get_ref(self) -> ContextManager[VringState]: ...
     def get_mut(self) -> ContextManager[VringState]: ...
@@ -1455,9 +1527,9 @@ class VringState:
     the driver notified if it wants that. `batch()` gathers there too.
     """
 
-    _BUDGET = 512  # chains of one iteration, so that others get at the ring
+    TURN, SHARED_TURN = 512, 128  # values for `turn`: of a worker's only ring, and of one that has others beside it
     _LEAST_CHUNK, _MOST_CHUNK = 4, 64
-    _PASSES = 4  # iterations of one drain, so that other rings of the thread get their turn
+    _PASSES = 4  # iterations of one drain
 
     def __init__(self, memory: GuestMemoryAtomic, max_queue_size: int = MAX_QUEUE_SIZE, index: int = 0) -> None:
         self.index = index
@@ -1467,6 +1539,7 @@ class VringState:
         self.active = False
         self.broken: str | None = None
         self.serves_disabled = False
+        self.turn = self.TURN  # chains of one iteration and, nearly, of one drain: then others get at the ring, and the worker at its other rings
         self.wake: Callable[[], None] = lambda: None  # makes the ring's worker look at it
         self.linger: Callable[[Callable[[], bool]], bool] = lambda ready: False  # polls for a while before the ring's worker would sleep
         self.notify: Callable[[str], object] | None = None  # in place of eventfds that are not there: sends VRING_CALL or VRING_ERR
@@ -1486,6 +1559,7 @@ class VringState:
         self._completed: list[tuple[int, int]] = []
         self._depth = 0
         self._chunk = 16  # chains that are taken, served and published together
+        self._found = 0  # chains since the ring was last empty
         self._mostly_waiting = 32.0  # chains
         self._idle: threading.Event | None = None  # of whoever waits until nothing is in flight
         self._kick: int | None = None
@@ -1559,25 +1633,28 @@ class VringState:
         All of a batch is the device's, to be completed now or later."""
         self._enter()
         try:
-            total = 0
-            while total < self._BUDGET:
+            budget = self.turn
+            while budget > 0:
                 chains = self._take()
                 if not chains:
+                    self._learn()
                     break
-                total += len(chains)
+                budget -= len(chains)
+                self._found += len(chains)
                 yield chains
                 self._flush()
-            if total > self._LEAST_CHUNK:
-                self._learn(total)
         finally:
             self._leave()
 
-    def _learn(self, total: int) -> None:
-        """A look at the ring found `total` chains until it was empty: go half as far at a time as the driver mostly has waiting.
+    def _learn(self) -> None:
+        """The ring is empty after `_found` chains: go half as far at a time as the driver mostly has waiting.
 
         What is published after the first half lets it send more during the second, so that neither side waits for the other, and a
         finished request waits no longer for its batch than it must. A total that came at one go is what the driver has. A larger one
         may have come bit by bit, and is believed slowly."""
+        total, self._found = self._found, 0
+        if total <= self._LEAST_CHUNK:
+            return
         mostly = self._mostly_waiting
         if total <= self._chunk:
             mostly = float(total)
@@ -1623,20 +1700,20 @@ class VringState:
         if not self._depth:
             self._flush_late()
 
-    def add_used_all(self, completions: Iterable[tuple[DescriptorChain, int]]) -> None:
-        """`add_used` for each (chain, length)."""
+    def add_used_all(self, chains: Iterable[DescriptorChain]) -> None:
+        """`add_used` for each, with all of its device-writable bytes written."""
         queue = self._queue
         if queue is None or queue.in_order or queue.log:
-            for chain, length in completions:
-                self.add_used(chain, length)
+            for chain in chains:
+                self.add_used(chain, chain.writable_len)
             return
         append = self._completed.append
-        for chain, length in completions:
+        for chain in chains:
             if chain._holder is queue:
                 chain._holder = None
-                append((chain._token, length))
+                append((chain._token, chain.writable_len))
             else:
-                self.add_used(chain, length)
+                self.add_used(chain, chain.writable_len)
         if not self._depth:
             self._flush_late()
 
@@ -1667,7 +1744,10 @@ class VringState:
         The order is suppress, process, publish, signal if wanted, poll if the worker does, re-enable, fence, look again.
         """
         armed = False
+        served = 0
         for _ in range(self._PASSES):
+            if served >= self.turn:
+                break
             self._enter()
             try:
                 queue = self._queue
@@ -1680,6 +1760,7 @@ class VringState:
                 self._flush()
                 if self.broken is not None:
                     return False
+                served += queue.taken - before
                 declined = waiting and queue.taken == before  # the device leaves them where they are, until the next kick
                 if declined and armed:
                     return False

@@ -53,6 +53,7 @@ T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
 
 REQUEST_HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+HEADER_BYTES = REQUEST_HEADER.size
 SEGMENT = struct.Struct("<QII")  # sector, sectors, flags: of DISCARD and WRITE_ZEROES
 SEGMENT_F_UNMAP = 1
 ID_BYTES = 20
@@ -419,26 +420,25 @@ class _Shape:
     __slots__ = ("header", "into", "into_len", "into_sectors", "out", "out_len", "out_sectors", "status")
 
     def __init__(self, chain: DescriptorChain) -> None:
-        readable, writable = chain.readable, chain.writable
-        first, last = readable[0], writable[-1]
-        self.out: Views
-        self.into: Views
-        if len(first) == REQUEST_HEADER.size:  # as drivers have it
-            self.header: memoryview | None = first
-            self.out = readable[1:]
-        else:
-            self.header = first[: REQUEST_HEADER.size] if len(first) > REQUEST_HEADER.size else None
-            self.out = _cut(readable, REQUEST_HEADER.size, chain.readable_len)
-        if len(last) == 1:  # likewise
-            self.status = last
-            self.into = writable[:-1]
-        else:
-            self.status = last[-1:]
-            self.into = _cut(writable, 0, chain.writable_len - 1)
-        self.out_len = out = chain.readable_len - REQUEST_HEADER.size
+        self.out_len = out = chain.readable_len - HEADER_BYTES
         self.into_len = into = chain.writable_len - 1
         self.out_sectors = NEVER if into or out % SECTOR else out // SECTOR
         self.into_sectors = NEVER if out or into % SECTOR else into // SECTOR
+        self.take_parts(chain)
+
+    def take_parts(self, chain: DescriptorChain) -> None:
+        """Of a chain with the same layout."""
+        readable, writable = chain.readable, chain.writable
+        self.header: memoryview | None = readable[0]
+        self.status = writable[-1]
+        self.out: Views = readable[1:]
+        self.into: Views = writable[:-1]
+        if len(readable[0]) != HEADER_BYTES:  # drivers have it so
+            self.header = readable[0][:HEADER_BYTES] if len(readable[0]) > HEADER_BYTES else None
+            self.out = _cut(readable, HEADER_BYTES, chain.readable_len)
+        if len(self.status) != 1:  # likewise
+            self.status = self.status[-1:]
+            self.into = _cut(writable, 0, chain.writable_len - 1)
 
 
 def _cut(parts: Views, start: int, end: int) -> list[memoryview]:
@@ -740,13 +740,13 @@ class Blk(VhostUserBackend):
 
     def process_queue(self, vring: VringT) -> None:
         for batch in vring.batches():
-            done: list[tuple[DescriptorChain, int]] = []
+            done: list[DescriptorChain] = []
             try:
                 self._serve(vring, batch, done)
             finally:
                 vring.add_used_all(done)
 
-    def _serve(self, vring: VringT, batch: Sequence[DescriptorChain], done: list[tuple[DescriptorChain, int]]) -> None:
+    def _serve(self, vring: VringT, batch: Sequence[DescriptorChain], done: list[DescriptorChain]) -> None:
         """The requests of a batch: they are `done`, or will be completed by `settle`."""
         transfers = self._transfers.get(vring.index, self._system_calls)
         read, write = transfers.at_once()
@@ -758,11 +758,17 @@ class Blk(VhostUserBackend):
         for chain in batch:
             shape = chain.memo
             if shape is None:
-                if chain.readable_len < REQUEST_HEADER.size or not chain.writable_len:
-                    append((chain, self._refuse(chain)))
+                if chain.readable_len < HEADER_BYTES or not chain.writable_len:
+                    self._refuse(chain)
+                    append(chain)
                     continue
-                shape = chain.memo = _Shape(chain)
-            kind, _, sector = unpack(shape.header or b"".join(chain.readable)[: REQUEST_HEADER.size])
+                shape = chain.layout_memo
+                if shape is None:
+                    shape = chain.layout_memo = _Shape(chain)
+                else:
+                    shape.take_parts(chain)
+                chain.memo = shape
+            kind, _, sector = unpack(shape.header or b"".join(chain.readable)[:HEADER_BYTES])
             if kind == T_IN:
                 sectors, length, views = shape.into_sectors, shape.into_len, shape.into
                 transfer = read
@@ -774,11 +780,11 @@ class Blk(VhostUserBackend):
                     runs.append(Run(vring, kind, 0, chain, shape, (), 0))
                 else:
                     shape.status[0] = self._other(kind, shape)
-                    append((chain, chain.writable_len))
+                    append(chain)
                 continue
             if sector > self._capacity - sectors:
                 shape.status[0] = S_IOERR
-                append((chain, chain.writable_len))
+                append(chain)
                 continue
             offset = sector * SECTOR
             if transfer:
@@ -791,7 +797,7 @@ class Blk(VhostUserBackend):
                     whole = False
                 if whole:
                     shape.status[0] = S_OK
-                    append((chain, chain.writable_len))
+                    append(chain)
                     continue
                 read = write = None  # mostly, the rest of the batch is not to be had either
                 transfers.misses = True
@@ -854,13 +860,11 @@ class Blk(VhostUserBackend):
             return S_IOERR
 
     @staticmethod
-    def _refuse(chain: DescriptorChain) -> int:
+    def _refuse(chain: DescriptorChain) -> None:
         """A chain that is no request: without header, or without room for a status."""
         log.debug("%r is no request", chain)
-        if not chain.writable_len:
-            return 0
-        chain.writable[-1][-1] = S_IOERR
-        return chain.writable_len
+        if chain.writable:
+            chain.writable[-1][-1] = S_IOERR
 
     def _in_range(self, sector: int, sectors: int) -> bool:
         return 0 <= sectors <= self._capacity - sector
