@@ -201,10 +201,13 @@ _MAP_PRIVATE_FIXED_ANONYMOUS = 0x2 | 0x10 | 0x20
 
 
 class _Truncation:
-    """What has been met so far. When `pages` has changed across a copy, the copy may hold zeroes instead of data."""
+    """What has been met so far. When `pages` has changed across a copy, the copy may hold zeroes instead of data, or have gone nowhere.
+
+    survived  whether this process lives on when it meets one: see `survive_truncation`"""
 
     def __init__(self) -> None:
         self.pages = 0
+        self.survived = False
 
 
 truncation = _Truncation()
@@ -239,6 +242,7 @@ def survive_truncation() -> None:
         action = _Sigaction(action=ctypes.cast(_sigbus_handler, ctypes.c_void_p).value, flags=_SA_SIGINFO | _SA_NODEFER)
         if _libc.sigaction(signal.SIGBUS, ctypes.byref(action), None):
             raise OSError(ctypes.get_errno(), "sigaction(SIGBUS)")
+        truncation.survived = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

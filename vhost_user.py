@@ -3632,6 +3632,7 @@ def run_device(
     if parsed.socket_path is None and passed is None:
         parser.error("one of --socket-path and --fd is needed")
     try:
+        survive_truncation()  # first: a device may choose by it how it uses memory
         device = build(parsed)
         device.iommu |= parsed.iommu
         device.postcopy |= parsed.postcopy
@@ -3641,7 +3642,6 @@ def run_device(
             )
         daemon = VhostUserDaemon(kind, device, poll_us=parsed.poll_us, processes=parsed.processes)
         _install_signals(daemon)
-        survive_truncation()
         gc.freeze()  # what is there now stays: the collector need not look at it again
         if passed is not None:
             daemon.start_socket(socket.socket(fileno=passed))

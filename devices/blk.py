@@ -156,8 +156,9 @@ AIO = ("auto", "sync", "mmap", "io_uring")
 class FileImage(Image):
     """An image file or a block device, through the page cache or past it.
 
-    Reads can be copies out of a mapping of the file (`mmap`). A copy costs a fraction of a system call, but where it meets a page that is
-    not in memory it keeps the whole interpreter waiting for the storage: so a mapping is for files that are always in memory.
+    Transfers can be copies out of a mapping of the file, and into it (`mmap`). A copy costs a fraction of a system call, but where it meets a page
+    that is not in memory it keeps the whole interpreter waiting for the storage: so a mapping is for files that are always in memory, and only
+    those are written that way. When there is no memory left for a hole, SIGBUS says so: the process has to survive it (`survive_truncation`).
     """
 
     def __init__(self, path: str, read_only: bool = False, aio: str = "auto", direct: bool = False) -> None:
@@ -191,6 +192,9 @@ class FileImage(Image):
             if aio == "mmap":
                 self.read = self._read_mapped
                 self.copies_reads = True
+                if truncation.survived and not read_only and _in_memory(self.fd):
+                    self.write = self._write_mapped
+                    self.copies_writes = True
                 self.refresh()
             elif aio == "io_uring" and _has_io_uring(self.fd):
                 self.uring_fd = self.fd if self._direct_fd is None else self._direct_fd
@@ -212,7 +216,7 @@ class FileImage(Image):
         if self.copies_reads:
             size, pages = self.size(), truncation.pages
             try:
-                self._mapping = map_shared(self.fd, 0, size, writable=False) if size else memoryview(b""), pages
+                self._mapping = map_shared(self.fd, 0, size, self.copies_writes) if size else memoryview(b""), pages
             except GuestMemoryError as error:  # or it was cut short just now
                 raise OSError(errno.EIO, str(error)) from error
 
@@ -228,6 +232,20 @@ class FileImage(Image):
         if truncation.pages != pages:  # something was cut short, maybe this file: the mapping may keep zeroes where there is data again
             self.refresh()
             return os.preadv(self.fd, views, offset)
+        return position - offset
+
+    def _write_mapped(self, views: Views, offset: int) -> int:
+        (memory, pages), position = self._mapping, offset
+        try:
+            for view in views:
+                end = position + len(view)
+                memory[position:end] = view
+                position = end
+        except ValueError:
+            return os.pwritev(self.fd, views, offset)
+        if truncation.pages != pages:  # maybe it went nowhere: the file is shorter, or its file system full
+            self.refresh()
+            return os.pwritev(self.fd, views, offset)
         return position - offset
 
     def flush(self) -> None:

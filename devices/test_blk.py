@@ -33,7 +33,7 @@ from unittest import mock
 from devices import blk
 from devices.blk import SECTOR, Blk, FileImage, Image, RamImage, SizeWatch, parse_size
 from devices.io_uring import OP_FSYNC, OP_READ, OP_READV, OP_WRITE, OP_WRITEV, REASONS, RWF_DSYNC, IoUring
-from guest_memory import survive_truncation
+from guest_memory import survive_truncation, truncation
 from vhost_user import Frontend, FrontendQueue, Refused, VhostUserBackend, VhostUserDaemon
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,6 +222,10 @@ def mapped_bytes(path: str) -> int:
 
 class DeviceTest(unittest.TestCase):
     """A test that leaves nothing behind, and whose device code raises nothing."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        survive_truncation()  # as the program does
 
     def setUp(self) -> None:
         self.log = _Log()
@@ -875,7 +879,8 @@ class InFlight(DeviceTest):
                 with self.transfers(disk) as found:
                     self.assertEqual(self.batch(disk, requests), [(OK, b"")] * 8)
                 writes = [("write", 16 * SECTOR, 4), ("write", 48 * SECTOR, 1), ("write", 100 * SECTOR, 1), ("write", 99 * SECTOR, 1)]
-                self.assertEqual([transfer for transfer in found if transfer[0] == "write"], writes)
+                if kind != "mapped":
+                    self.assertEqual([transfer for transfer in found if transfer[0] == "write"], writes)
                 if kind in ("cached", "uring"):
                     self.assertEqual(found[1][0], "flush")
                 model = disk.content()
@@ -923,10 +928,6 @@ class InFlight(DeviceTest):
 
 class Resize(DeviceTest):
     """The image becomes longer, or shorter."""
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        survive_truncation()
 
     def told(self, disk: Disk) -> int:
         """The capacity, after the driver was told that config space has changed."""
@@ -987,6 +988,30 @@ class Resize(DeviceTest):
         disk.daemon.reload()
         self.untold(disk)
         self.assertEqual(disk.read(0, len(later)), later)
+
+    @on_every_disk(sectors=8 * mmap.PAGESIZE // SECTOR, kinds=FILES)
+    def test_written_where_it_was_cut_short(self, disk: Disk) -> None:
+        """The file has it then."""
+        page = mmap.PAGESIZE // SECTOR
+        os.truncate(disk.path, mmap.PAGESIZE)
+        data = content_of(2 * page, 78)
+        self.assertEqual(disk.request(OUT, 3 * page, data)[0], OK)
+        self.assertEqual(disk.read(3 * page, len(data)), data)
+        self.assertEqual(disk.content(), content_of(8 * page)[: mmap.PAGESIZE] + bytes(2 * mmap.PAGESIZE) + data)
+
+    @unittest.skipUnless("mapped" in KINDS, f"no {SHM}")
+    def test_a_mapping_is_written_only_where_that_cannot_end_the_process(self) -> None:
+        for survived, read_only in (True, False), (True, True), (False, False):
+            with self.subTest(survived=survived, read_only=read_only), mock.patch.object(truncation, "survived", survived):
+                image = FileImage(self.path("mapped", content_of(8)), read_only)
+                self.addCleanup(image.close)
+                self.assertEqual((image.copies_reads, image.copies_writes), (True, survived and not read_only))
+                if not read_only:
+                    self.assertEqual(image.write([memoryview(b"abcd"), memoryview(b"ef")], 5), 6)
+                    self.assertEqual(Path(image.path).read_bytes(), content_of(8)[:5] + b"abcdef" + content_of(8)[11:])
+        image = FileImage(self.path("file", content_of(8)), aio="mmap")
+        self.addCleanup(image.close)
+        self.assertEqual((image.copies_reads, image.copies_writes), (True, blk._in_memory(image.fd)))
 
     def test_watch(self) -> None:
         """The driver is told without anybody's asking; the watch ends when the file has gone."""

@@ -142,6 +142,9 @@ WORK = {work.name: work for work in WORKS}
 # Writes each block once: memory that nobody has touched is no memory yet, and reads of it cost less, writes more.
 TOUCH = Work("touch", "--rw write --bs 131072 --qd 8 --verify")
 TOUCH_SECONDS = 30.0  # at most; it ends when all is written
+# Reads each block: what a back-end does for the first time, such as looking at a page of a mapping, is not what it costs later.
+WARM = Work("warm", "--rw read --bs 131072 --qd 8")
+WARM_SECONDS = 0.4
 QEMU_IMG_PER_SECOND = 300_000  # requests; qemu-img is told how many, not for how long
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -176,6 +179,8 @@ class Bench:
         with self._backend(peer, work) as (backend, socket):
             if peer.place == RAM:
                 self._vublk_load(backend, socket, TOUCH, peer, TOUCH_SECONDS)
+            else:
+                self._vublk_load(backend, socket, WARM, peer, WARM_SECONDS)
             return GENERATORS[work.generator](self, backend, socket, work, peer, self.seconds)
 
     @contextmanager

@@ -105,6 +105,26 @@ class BlockLayer(InteropTest):
         self.assert_same_bytes(image.read_bytes()[4 * MIB : 4 * MIB + 65536], bytes(65536), "image at 4M")
         self.assertEqual(image.stat().st_size, SIZE)
 
+    def test_file_system_in_memory_that_is_full(self) -> None:
+        """The image is larger than what it lies in: what does not fit fails, the disk lives on, and the rest of its data too."""
+        folder = self.dir / "full"
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={8 * MIB}", "tmpfs", str(folder)], check=True)
+        self.addCleanup(subprocess.run, ["umount", str(folder)], check=True)
+        image = folder / "disk.img"
+        image.touch()
+        os.truncate(image, SIZE)
+        backend = serve_disk(self, Disk(image), self.socket)
+        self.addCleanup(backend.stop)  # before it is unmounted
+        self.succeeds("write -P 1 0 4M", "write -P 2 60M 3M", "flush")
+        for command in "write -P 3 16M 4M", "write -P 4 20M 4k":
+            status, output = self.qemu_io(command, "read -P 1 0 4M")
+            self.assertNotEqual(status, 0, output)
+            self.assertIn("write failed: Input/output error", output)
+        self.succeeds("read -P 1 0 4M", "read -P 2 60M 3M", "read -P 0 40M 4M")
+        self.succeeds("write -z -u 0 2M", "discard 16M 4M", "flush", "write -P 6 30M 1M", "read -P 6 30M 1M", "read -P 1 2M 2M")
+        self.assertTrue(backend.running())
+
     def test_past_the_end(self) -> None:
         """Refused, and the disk goes on."""
         self.serve()
