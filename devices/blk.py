@@ -199,8 +199,7 @@ class FileImage(Image):
             elif aio == "io_uring" and _has_io_uring(self.fd):
                 self.uring_fd = self.fd if self._direct_fd is None else self._direct_fd
                 if not direct:
-                    fd = self.fd
-                    self.read_cached = lambda views, offset: os.preadv(fd, views, offset, os.RWF_NOWAIT)
+                    self.read_cached = self._cached_reads()
             if stat.S_ISBLK(mode):
                 self.can_discard = not read_only and _device_can_discard(os.fstat(self.fd).st_rdev)
             else:
@@ -208,6 +207,17 @@ class FileImage(Image):
         except BaseException:
             self.close()
             raise
+
+    def _cached_reads(self) -> Callable[[Views, int], int] | None:
+        """`read_cached` of this file, if there is a way."""
+        fd, flags = self.fd, 0 if _in_memory(self.fd) else os.RWF_NOWAIT  # where nothing waits the flag is not known either
+        try:
+            os.preadv(fd, [bytearray(1)], 0, flags)
+        except BlockingIOError:
+            pass
+        except OSError:
+            return None
+        return lambda views, offset: os.preadv(fd, views, offset, flags)
 
     def size(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)  # a block device's too

@@ -1175,6 +1175,30 @@ class Storage(DeviceTest):
                 self.assertEqual(prepared.call_count, 3)
                 self.assertEqual([offset // SECTOR for offset in tried], [45, 40, 56, 5, 29, 24, 40])
 
+    @unittest.skipUnless("uring" in KINDS and "mapped" in KINDS, f"no io_uring here, or no {SHM}")
+    def test_io_uring_is_not_asked_where_nothing_waits(self) -> None:
+        with self.disk("mapped", content_of(64), image=lambda path: FileImage(path, aio="io_uring")) as disk:
+            self.assertIsNotNone(disk.image.uring_fd)
+            with mock.patch.object(IoUring, "prepare", autospec=True, side_effect=IoUring.prepare) as prepared:
+                self.assertEqual(disk.read(3, SECTOR), content_of(64)[3 * SECTOR : 4 * SECTOR])
+                self.assertEqual(disk.request(OUT, 3, content_of(1, 9))[0], OK)
+            self.assertEqual(prepared.call_count, 0)
+
+    @unittest.skipUnless("uring" in KINDS, "no io_uring here")
+    def test_file_system_that_cannot_tell_what_is_cached(self) -> None:
+        """All reads go through io_uring."""
+        preadv = os.preadv
+
+        def without(fd: int, views: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+            if flags:
+                raise OSError(errno.EOPNOTSUPP, "no such flag")
+            return preadv(fd, views, offset)
+
+        with mock.patch("os.preadv", without):
+            image = FileImage(self.path("file", content_of(8)), aio="io_uring")
+        self.addCleanup(image.close)
+        self.assertEqual((image.read_cached, image.uring_fd), (None, image.fd))
+
     @unittest.skipUnless("uring" in KINDS, "no io_uring here")
     def test_more_transfers_than_the_ring_has_room_for(self) -> None:
         with mock.patch.object(blk.Uring, "_ENTRIES", 2), self.disk("uring", content_of(512)) as disk:
