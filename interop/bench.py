@@ -4,8 +4,9 @@
     python3 -m interop.bench --from FILE [--svg FILE]        table and plot of figures that --json has saved
 
 Two load generators: vublk-load.c, and `qemu-img bench` over virtio-blk-vhost-user. The load has one core, the back-end another; only in the work
-named `queues` the back-end has both, to show what two cores allow. Every round goes once through all peers for one kind of work, so that a noisy
-neighbour meets all of them; the table has medians, with the lowest and highest IOPS beside them.
+named `queues` the back-end has both, to show what two cores allow. The works named `aio` are ours alone, in all its ways to transfer, and run when
+they are asked for. Every round goes once through all peers for one kind of work, so that a noisy neighbour meets all of them; the table has
+medians, with the lowest and highest IOPS beside them.
 
 A ratio is ours to the peer's that keeps its data in the same place: above 1 in IOPS, below 1 in CPU and latency, ours is ahead.
 
@@ -44,8 +45,8 @@ LOAD_CORE, BACKEND_CORE, BOTH_CORES = "0", "1", "0,1"
 # Peers
 # ---------------------------------------------------------------------------------------------------------------------------
 
-# Both of a ratio keep their data in the same place: a file's page cache, or memory of their own.
-FILE, RAM = "file", "ram"
+# Both of a ratio keep their data in the same place: a file in memory, a file on a disk, or memory of their own.
+FILE, DISK, RAM = "file", "disk", "ram"
 
 Command = Callable[["Work", Path, Path], list[str]]  # the command line, from the work, the image and the socket
 
@@ -100,6 +101,16 @@ QUEUES_PEERS = (
     Peer("storage-daemon-2-queues", "storage-daemon", FILE, _storage_daemon(2), queues=2),
     Peer("rust-2-queues", "rust", FILE, _rust(2), queues=2),
 )
+AIO_PEERS = (
+    Peer("memory-sync", "ours", FILE, _ours("--aio", "sync")),
+    Peer("memory-io_uring", "ours", FILE, _ours("--aio", "io_uring")),
+    Peer("memory-mmap", "ours", FILE, _ours("--aio", "mmap"), reference=True),
+    Peer("disk-sync", "ours", DISK, _ours("--aio", "sync")),
+    Peer("disk-io_uring", "ours", DISK, _ours("--aio", "io_uring"), reference=True),
+    Peer("disk-mmap", "ours", DISK, _ours("--aio", "mmap")),
+    Peer("disk-direct-sync", "ours", DISK, _ours("--aio", "sync", "--direct")),
+    Peer("disk-direct-io_uring", "ours", DISK, _ours("--aio", "io_uring", "--direct")),
+)
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Works
@@ -119,6 +130,7 @@ class Work:
     daemon_poll_ns: int = 32768  # how long the storage daemon polls before it sleeps; QEMU's default
     cores: str = BACKEND_CORE
     peers: tuple[Peer, ...] = PEERS
+    on_request: bool = False  # not without --only
 
     def told(self) -> str:
         """The load's command line, and what is other than usual with the back-ends."""
@@ -130,13 +142,19 @@ WORKS = (
     Work("randread-4k-qd32", "--rw randread --bs 4096 --qd 32"),
     Work("randwrite-4k-qd32", "--rw randwrite --bs 4096 --qd 32"),
     Work("randread-128k-qd8", "--rw randread --bs 131072 --qd 8"),
-    Work("randread-4k-qd1", "--rw randread --bs 4096 --qd 1"),
-    # The Rust crate cannot poll.
-    Work("randread-4k-qd1-poll", "--rw randread --bs 4096 --qd 1 --poll", ours="--poll-us 100", daemon_poll_ns=100_000),
+    # One at a time: the back-ends poll, nobody does, or the load does too. The Rust crate cannot poll.
+    Work("randread-4k-qd1", "--rw randread --bs 4096 --qd 1", ours="--poll-us 100", daemon_poll_ns=100_000),
+    Work("randread-4k-qd1-asleep", "--rw randread --bs 4096 --qd 1", daemon_poll_ns=0),
+    Work("randread-4k-qd1-all-poll", "--rw randread --bs 4096 --qd 1 --poll", ours="--poll-us 100", daemon_poll_ns=100_000),
     Work("randread-4k-qd32-fresh", "--rw randread --bs 4096 --qd 32 --indirect --fresh"),
     # One block after the other: qemu-img bench has no random ones.
     Work("qemu-img-4k-qd32", "-d 32 -s 4096", QEMU_IMG),
     Work("queues", "--rw randread --bs 4096 --qd 32", cores=BOTH_CORES, peers=QUEUES_PEERS),
+    # Ours alone, by --aio. The ratios are the default's.
+    Work("aio-randread-4k-qd32", "--rw randread --bs 4096 --qd 32", peers=AIO_PEERS, on_request=True),
+    Work("aio-randwrite-4k-qd32", "--rw randwrite --bs 4096 --qd 32", peers=AIO_PEERS, on_request=True),
+    Work("aio-read-4k-qd32", "--rw read --bs 4096 --qd 32", peers=AIO_PEERS, on_request=True),
+    Work("aio-randread-128k-qd8", "--rw randread --bs 131072 --qd 8", peers=AIO_PEERS, on_request=True),
 )
 WORK = {work.name: work for work in WORKS}
 # Writes each block once: memory that nobody has touched is no memory yet, and reads of it cost less, writes more.
@@ -165,17 +183,20 @@ class Figures:
 
 
 class Bench:
-    """What all measurements share: a folder with the image in it."""
+    """What all measurements share: a folder, and images in memory and on a disk."""
 
-    def __init__(self, folder: Path, seconds: float) -> None:
+    def __init__(self, folder: Path, on_disk: Path, seconds: float) -> None:
         self.folder = folder
-        self.image = folder / "disk.img"
+        self.images = {FILE: folder / "disk.img", DISK: on_disk / "disk.img"}
         self.seconds = seconds
-        with open(self.image, "wb") as f:
-            for _ in range(SIZE_MIB):
-                f.write(os.urandom(1 << 20))  # no peer may get away with a hole
+        for image in self.images.values():
+            with open(image, "wb") as f:
+                for _ in range(SIZE_MIB):
+                    f.write(os.urandom(1 << 20))  # no peer may get away with a hole
 
     def measure(self, peer: Peer, work: Work) -> Figures:
+        if peer.place == DISK:
+            subprocess.run(["cat", str(self.images[DISK])], stdout=subprocess.DEVNULL, check=True)  # into the page cache, from which O_DIRECT took it
         with self._backend(peer, work) as (backend, socket):
             if peer.place == RAM:
                 self._vublk_load(backend, socket, TOUCH, peer, TOUCH_SECONDS)
@@ -187,7 +208,9 @@ class Bench:
     def _backend(self, peer: Peer, work: Work) -> Iterator[tuple[peers.Process, Path]]:
         """The peer on its cores, and its socket."""
         socket = self.folder / f"{peer.name}.sock"
-        backend = peers.Process(["taskset", "-c", work.cores, *peer.command(work, self.image, socket)], self.folder / f"{peer.name}.log")
+        backend = peers.Process(
+            ["taskset", "-c", work.cores, *peer.command(work, self.images.get(peer.place, self.folder), socket)], self.folder / f"{peer.name}.log"
+        )
         try:
             wait_for(lambda: peers.is_listening(socket) or not backend.running(), f"{peer.name} listens")
             if not backend.running():
@@ -320,9 +343,10 @@ def run(options: argparse.Namespace) -> Results:
     sid.ensure()
     results = Results(machine(), options.rounds, options.time, {})
     print(heading(results), flush=True)
-    with tempfile.TemporaryDirectory(prefix="vu-bench-", dir="/dev/shm") as folder:
-        bench = Bench(Path(folder), options.time)
-        for work in (WORK[name] for name in options.only or WORK):
+    with ExitStack() as stack:
+        folder, on_disk = (Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vu-bench-", dir=where))) for where in ("/dev/shm", sid.CACHE))
+        bench = Bench(folder, on_disk, options.time)
+        for work in (WORK[name] for name in options.only or [work.name for work in WORKS if not work.on_request]):
             chosen = [peer for peer in work.peers if peer.family in options.peers]
             if not chosen:
                 continue
