@@ -292,13 +292,32 @@ class FileImage(Image):
 
 
 def _past_the_cache(transfer: Callable[[int, Views, int], int], direct_fd: int, fd: int, views: Views, offset: int) -> int:
-    """Through the page cache, though, where the storage cannot do it otherwise: at addresses or offsets that are not aligned."""
-    try:
-        return transfer(direct_fd, views, offset)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return transfer(fd, views, offset)
+    """By way of aligned memory where the storage cannot take the guest's as it is. Only what is at an offset or of a length that is not aligned
+    goes through the page cache: a page there must not meet, at the same time, what goes past it to other sectors of the same page."""
+    for way in transfer, functools.partial(_bounced, transfer):
+        try:
+            return way(direct_fd, views, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return transfer(fd, views, offset)
+
+
+def _bounced(transfer: Callable[[int, Views, int], int], fd: int, views: Views, offset: int) -> int:
+    length = sum(map(len, views))
+    with mmap.mmap(-1, max(length, 1)) as pages, memoryview(pages) as whole, whole[:length] as aligned:
+        if transfer is os.pwritev:
+            aligned[:] = b"".join(views)
+            return transfer(fd, [aligned], offset)
+        done = transfer(fd, [aligned], offset)
+        position = 0
+        for view in views:
+            step = min(len(view), done - position)
+            if step <= 0:
+                break
+            view[:step] = aligned[position : position + step]
+            position += step
+        return done
 
 
 def _device_can_discard(number: int) -> bool:

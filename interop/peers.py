@@ -105,6 +105,8 @@ class Disk:
     processes: int = 1
     aio: str = "auto"
     direct: bool = False
+    block_size: int = 512
+    code: str = ""  # Python that runs our disk, changed in some way
 
 
 # User-mode Linux takes every feature that it is offered, so split rings there are for the device to ask for.
@@ -114,7 +116,8 @@ WITHOUT_PACKED = "import sys; from devices import blk; blk.Blk.withheld_features
 def _our_disk(disk: Disk, socket: Path) -> list[str]:
     if not (REPOSITORY / "devices/blk.py").exists():
         missing("devices/blk.py is missing")
-    program = ["-m", "devices.blk"] if disk.packed else ["-c", WITHOUT_PACKED]
+    code = disk.code or (WITHOUT_PACKED if not disk.packed else "")
+    program = ["-c", code] if code else ["-m", "devices.blk"]
     argv = [sys.executable, *program, "--socket-path", str(socket), "--blk-file", str(disk.image)]
     return [
         *argv,
@@ -126,6 +129,7 @@ def _our_disk(disk: Disk, socket: Path) -> list[str]:
         f"--processes={disk.processes}",
         f"--aio={disk.aio}",
         *(["--direct"] if disk.direct else []),
+        f"--block-size={disk.block_size}",
     ]
 
 
