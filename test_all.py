@@ -2355,6 +2355,30 @@ class NotificationTests(RingTest):
             self.assertTrue(ring.vring.drain(process), "chains are left")
             self.assertLess(served, 2 * VringState.TURN)
 
+    def test_batches_are_half_of_what_the_driver_mostly_has_waiting(self) -> None:
+        """Also of a driver that sends more while it is served, so that the ring is seldom empty. (A packed ring does not tell what waits.)"""
+        for ring, driver in self.drivers(EVENT_IDX):
+            sizes: list[int] = []
+            for run in range(60):
+                depth = 16 if run < 30 else 8
+                refills = 3
+                while driver.size - driver.free < depth:
+                    driver.add([], [(DATA, 4)])
+                driver.publish()
+                sizes.clear()
+                for chains in ring.vring.batches():
+                    sizes.append(len(chains))
+                    ring.vring.add_used_all(chains)
+                    ring.vring._flush()
+                    if refills:
+                        refills -= 1
+                        for _ in driver.used():
+                            driver.add([], [(DATA, 4)])
+                        driver.publish()
+                driver.used()
+                if run in (29, 59) and not ring.packed:
+                    self.assertEqual(set(sizes[:-1]), {depth // 2}, sizes)
+
     def test_low_level_switches(self) -> None:
         """enable_notification, disable_notification, needs_notification, signal_used_queue: the crate's methods."""
         for ring, driver in self.drivers(0):

@@ -507,6 +507,7 @@ class Queue(_Ring, ABC):
     taken        chains taken so far
     malformed    chains that were refused so far
     stalled      what the next chain waits for, if its addresses have no translation yet
+    most_waiting  the most chains that any `take` has found, where the format tells (split); whoever goes by it sets it back to 0
     """
 
     _MEMO_LIMIT = 2048  # parsed chains kept of each kind; about 1 KiB each
@@ -530,6 +531,7 @@ class Queue(_Ring, ABC):
         self.taken = 0
         self.malformed = 0
         self.stalled: IotlbMiss | None = None
+        self.most_waiting = 0
         self.completed: list[tuple[int, int]] = []
         self.event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
         self.in_order = bool(features >> VIRTIO_F_IN_ORDER & 1)
@@ -944,6 +946,8 @@ class SplitQueue(Queue):
         size = self.size
         if waiting > size - self.outstanding:
             raise _BrokenRing(f"available index {index} is {waiting} ahead of {position}, with {self.outstanding} of {size} entries in flight")
+        if waiting > self.most_waiting:
+            self.most_waiting = waiting
         if not STRONGLY_ORDERED:
             self._fence()
         start = position & (size - 1)
@@ -1650,13 +1654,17 @@ class VringState:
         """The ring is empty after `_found` chains: go half as far at a time as the driver mostly has waiting.
 
         What is published after the first half lets it send more during the second, so that neither side waits for the other, and a
-        finished request waits no longer for its batch than it must. A total that came at one go is what the driver has. A larger one
-        may have come bit by bit, and is believed slowly."""
+        finished request waits no longer for its batch than it must. Where the ring does not tell what waits (packed), a total that came
+        at one go is what the driver has; a larger one may have come bit by bit, and is believed slowly."""
         total, self._found = self._found, 0
         if total <= self._LEAST_CHUNK:
             return
         mostly = self._mostly_waiting
-        if total <= self._chunk:
+        waiting = self._queue.most_waiting if self._queue else 0
+        if self._queue and waiting:
+            mostly += (waiting - mostly) * 0.25
+            self._queue.most_waiting = 0
+        elif total <= self._chunk:
             mostly = float(total)
         else:
             mostly += (min(total, 2 * mostly) - mostly) * 0.05
