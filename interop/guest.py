@@ -306,7 +306,8 @@ class Device:
 
     def plug(self, qmp: Qmp) -> None:
         address = {"type": "unix", "data": {"path": str(self.socket)}}
-        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        again = {"reconnect-ms": 100} if self.reconnect else {}
+        backend = {"type": "socket", "data": {"addr": address, "server": False, **again}}
         qmp.execute("chardev-add", id=f"c-{self.name}", backend=backend)
         qmp.execute("device_add", **self.arguments())
 

@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -48,11 +49,11 @@ class SharedGuest(InteropTest):
         return cls._guest
 
     @contextlib.contextmanager
-    def plugged(self, **properties: bool | int) -> Iterator[QemuGuest]:
+    def plugged(self, reconnect: bool | int = False, **properties: bool | int) -> Iterator[QemuGuest]:
         """The disk appears as /dev/vda and goes away again."""
         guest = self.shared_guest()
         try:
-            device = disk_device(self.dir / "disk.sock", **properties)
+            device = replace(disk_device(self.dir / "disk.sock", **properties), reconnect=bool(reconnect))
             device.plug(guest.qmp)
             guest.wait("[ -b /dev/vda ]")
             yield guest

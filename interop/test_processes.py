@@ -13,14 +13,14 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import diskcheck
 from .diskcheck import MIB, MQ, RING_PACKED
-from .guest import NEWEST, Device, QemuGuest, Qmp, disk_device
-from .peers import Disk, Process, needs_disk, serve_disk
+from .guest import NEWEST, QemuGuest, disk_device
+from .peers import IN_ANY_ORDER, Disk, Process, needs_disk, serve_disk
 from .support import PATIENCE, InteropTest, wait_for
 from .test_guest_blk import SharedGuest
 
@@ -54,32 +54,6 @@ touch /tmp/read
 sleep 1000) >/dev/null 2>&1 &
 """
 _READ = f"dd if=/dev/vda bs=1M skip={QUIET} 2>/dev/null | md5sum"
-
-# What is done in order needs no record of what is in flight, since QEMU goes on where the used ring ends: so here it is done in any order.
-_IN_ANY_ORDER = """
-import random, sys, threading
-from devices import blk
-
-class Late(blk.SystemCalls):
-    def at_once(self):
-        return None, None
-    def start(self, run):
-        threading.Timer(random.uniform(0, 0.05), super().start, (run,)).start()
-
-blk.SystemCalls = Late
-sys.exit(blk.main())
-"""
-
-
-@dataclass(frozen=True)
-class Reconnecting(Device):
-    """QEMU connects again when the back-end has gone away."""
-
-    def plug(self, qmp: Qmp) -> None:
-        address = {"type": "unix", "data": {"path": str(self.socket)}}
-        backend = {"type": "socket", "data": {"addr": address, "server": False, "reconnect-ms": 100}}
-        qmp.execute("chardev-add", id=f"c-{self.name}", backend=backend)
-        qmp.execute("device_add", **self.arguments())
 
 
 def children(pid: int) -> list[int]:
@@ -128,7 +102,7 @@ class Killed(SharedGuest):
 
     def all_are_killed(self, **properties: bool) -> None:
         """What a worker had in flight is served by one of another life."""
-        disk = replace(self.disk, aio="sync", code=_IN_ANY_ORDER)
+        disk = replace(self.disk, aio="sync", code=IN_ANY_ORDER)
         backend = serve_disk(self, disk, self.socket)
         with self.load(**properties):
             for _ in range(8):
@@ -193,26 +167,11 @@ class Killed(SharedGuest):
     @contextlib.contextmanager
     def load(self, **properties: bool) -> Iterator[QemuGuest]:
         """The guest with the disk under load; in the end all that was written is there."""
-        device = Reconnecting(**vars(disk_device(self.socket, num_queues=QUEUES, **properties)))
-        with self.plugged_in(device) as guest:
+        with self.plugged(reconnect=True, num_queues=QUEUES, **properties) as guest:
             diskcheck.expect_features(guest, (MQ, RING_PACKED) if properties.get("packed") else (MQ,), ())
             guest.run(_LOAD)
             yield guest
             check_load(self, guest, self.disk.image, f"seed {self.seed}")
-
-    @contextlib.contextmanager
-    def plugged_in(self, device: Device) -> Iterator[QemuGuest]:
-        guest = self.shared_guest()
-        try:
-            device.plug(guest.qmp)
-            guest.wait("[ -b /dev/vda ]")
-            yield guest
-            device.unplug(guest.qmp)
-            guest.wait("[ ! -e /dev/vda ]")
-        except BaseException:
-            self.show_logs(Path(self._folder.name))
-            self._drop_guest()
-            raise
 
 
 class Migration(InteropTest):

@@ -19,7 +19,7 @@ from vring import VIRTIO_F_RING_PACKED, DescriptorChain, DriverQueue, PackedDriv
 from . import diskcheck
 from .diskcheck import MIB
 from .guest import NEWEST, QemuGuest, disk_device
-from .peers import Disk, needs_disk, serve_disk
+from .peers import DISK, IN_ANY_ORDER, Disk, needs_disk, serve_disk
 from .support import InteropTest
 
 SIZE = 48 * MIB
@@ -48,16 +48,17 @@ class Killed(InteropTest):
         seed = random.randrange(1 << 32)
         moments = random.Random(seed)
         disk, socket = Disk(self.image("disk.img", SIZE)), self.dir / "disk.sock"
+        any_order = replace(disk, aio="sync", code=IN_ANY_ORDER) if DISK == "ours" else disk
         backend = serve_disk(self, disk, socket)
         device = replace(disk_device(socket, **properties), reconnect=True)
         guest = QemuGuest(NEWEST, self.dir, [device])
         self.addCleanup(guest.kill)
         guest.wait_ready()
         guest.run(LOAD)
-        for _ in range(KILLS):
+        for number in range(KILLS):
             time.sleep(moments.uniform(0.05, 0.5))
             backend.kill()
-            backend = serve_disk(self, disk, socket)
+            backend = serve_disk(self, any_order if number % 2 else disk, socket)
         status, output = guest.status("touch /tmp/stop; for i in $(seq 600); do [ -e /tmp/done ] && break; sleep 0.1; done; cat /tmp/done /tmp/fio")
         self.assertEqual(status, 0, f"seed {seed}: {output}")
         self.assertRegex(output, r"^\d+ runs", f"seed {seed}")
