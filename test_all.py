@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import gc
 import importlib.util
 import inspect
@@ -44,6 +45,7 @@ import traceback
 import unittest
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
+from unittest import mock
 from uuid import UUID
 
 
@@ -1090,6 +1092,13 @@ DATA = 0x30000
 END = 0x50000  # of RAM. A second region lies behind the first, and a third behind a hole
 FAR = 0x60000
 
+
+def areas_at(base: int, kind: type[DriverQueue], size: int) -> tuple[int, int, int]:
+    """Where descriptors, driver area and device area of a queue lie, from `base` on."""
+    _, (desc, driver, device) = kind.layout(size)
+    return base + desc, base + driver, base + device
+
+
 Descriptor = tuple[int, int, int, int]
 """Guest address, length, flags, and next (split) or id (packed)."""
 
@@ -2020,7 +2029,7 @@ class CompletionTests(RingTest):
             ring.vring.add_used(chains[0], 0)
             self.assertFalse(ring.vring.wait_idle(0.01))
             vring = ring.vring
-            thread = self.in_thread(lambda vring=vring, chain=chains[1]: vring.add_used(chain, 0))  # type: ignore[misc]
+            thread = self.in_thread(functools.partial(vring.add_used, chains[1], 0))
             self.assertTrue(vring.wait_idle(PATIENCE))
             thread.join()
 
@@ -2202,8 +2211,7 @@ class NotificationTests(RingTest):
         """A ring with the driver side of `vring`."""
         for ring in self.rings(features=features, size=16):
             kind = PackedDriverQueue if ring.packed else SplitDriverQueue
-            _, areas = kind.layout(16)
-            yield ring, kind(ring.memory, 16, tuple(RINGS + offset for offset in areas), features)  # type: ignore[arg-type]
+            yield ring, kind(ring.memory, 16, areas_at(RINGS, kind, 16), features)
 
     def test_fence_stands_between_asking_for_kicks_and_the_look(self) -> None:
         """DESIGN, invariant 2: what the driver publishes at that moment is seen."""
@@ -2310,7 +2318,7 @@ class NotificationTests(RingTest):
                         self.assertFalse(driver.publish())
                     return enable()
 
-                queue.enable_notification = enable_too_late  # type: ignore[method-assign]
+                queue.enable_notification = enable_too_late  # type: ignore[method-assign]  # of this one queue
                 driver.add([], [(DATA, 4)], b"first")
                 driver.publish()
                 ring.serve(ring.process)
@@ -2670,9 +2678,8 @@ class RandomRingTests(CoreTest):
         """300 chains through a ring."""
         packed = kind is PackedDriverQueue
         ram = GuestMemoryMmap.from_ranges([(0x10000, 0x30000), (0x40000, 0x40000), (0x80000, 0x80000)])
-        _, offsets = kind.layout(size)
-        areas = tuple(0x10000 + offset for offset in offsets)
-        driver = kind(ram, size, areas, features, 0x18000 if indirect else None)  # type: ignore[arg-type]
+        areas = areas_at(0x10000, kind, size)
+        driver = kind(ram, size, areas, features, 0x18000 if indirect else None)
         vring = VringMutex(GuestMemoryAtomic(ram), size)
         vring.set_queue_features(features | VERSION_1 | (PACKED if packed else 0))
         vring.set_queue_info(*areas)
@@ -2762,7 +2769,7 @@ class RandomRingTests(CoreTest):
         for packed in False, True:
             with RawRing(packed, size=256, features=EVENT_IDX) as ring:
                 kind = PackedDriverQueue if packed else SplitDriverQueue
-                driver = kind(ring.memory, 256, tuple(RINGS + offset for offset in kind.layout(256)[1]), EVENT_IDX)  # type: ignore[arg-type]
+                driver = kind(ring.memory, 256, areas_at(RINGS, kind, 256), EVENT_IDX)
                 total = 0
                 while total < 66000:
                     for slot in range(256):
@@ -4324,8 +4331,7 @@ class RingStateTests(DaemonTest):
                     length, _ = driver.layout(32)
                     frontend.memory.write(base, bytes(length))
                     frontend.arena = (base + 0x1000, size - 0x1000)
-                    areas = tuple(base + offset for offset in driver.layout(32)[1])
-                    fresh = type(driver)(frontend.memory, 32, areas, frontend.features)  # type: ignore[arg-type]
+                    fresh = type(driver)(frontend.memory, 32, areas_at(base, type(driver), 32), frontend.features)
                     queue = frontend.start_queue(0, fresh, 0x80008000 if packed else 0)
                     self.echo(frontend, other)
                 self.echo(frontend, queue)
@@ -5408,7 +5414,7 @@ class DeviceTests(DaemonTest):
         """Two rings, a worker each, both with something to do; each call waits that many seconds for another. Returns how many there were
         at a time, at most, and of how many threads."""
 
-        class Two(base):  # type: ignore[misc,valid-type]
+        class Two(base):  # type: ignore[misc,valid-type]  # mypy knows no class whose base is an argument
             num_queues = 2
             max_queue_size = 256
 
@@ -5496,8 +5502,11 @@ class DeviceTests(DaemonTest):
     def test_devices_that_cannot_be(self) -> None:
         for masks in [], [1], [3, 1], [3, 2], [1, 3]:
             device = Echo()
-            device.queues_per_thread = lambda masks=masks: masks  # type: ignore[method-assign,misc]
-            with self.subTest(masks=masks), self.raises(ValueError, "queues_per_thread"):
+            with (
+                self.subTest(masks=masks),
+                mock.patch.object(device, "queues_per_thread", return_value=masks),
+                self.raises(ValueError, "queues_per_thread"),
+            ):
                 VhostUserDaemon("test", device)
         for count in 0, 257:
             device = Echo()

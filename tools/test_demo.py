@@ -12,6 +12,7 @@ import tempfile
 import threading
 import unittest
 from pathlib import Path
+from typing import Any
 
 from tools import demo
 
@@ -28,8 +29,8 @@ class Demonstration(unittest.TestCase):
 
     def start(self, *words: str, **options: object) -> subprocess.Popen[str]:
         environment = dict(os.environ, TMPDIR=str(self.folder), PYTHONUTF8="1", TERM="xterm")
-        given = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
-        return subprocess.Popen([sys.executable, "-m", "tools.demo", *words], cwd=demo.ROOT, env=environment, text=True, **given)  # type: ignore[call-overload, no-any-return]
+        given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
+        return subprocess.Popen([sys.executable, "-m", "tools.demo", *words], cwd=demo.ROOT, env=environment, text=True, **given)
 
     def assert_nothing_left(self) -> None:
         self.assertEqual(list(self.folder.iterdir()), [])
