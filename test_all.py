@@ -2569,6 +2569,29 @@ class MovedBufferTests(RingTest):
                 self.assertFalse(ring.vring.queue._learning)
                 ring.returned()
 
+    def test_three_parts_of_other_kinds(self) -> None:
+        """All readable, or all writable, as a network card's may be; a header that spans two regions, with no data at all."""
+        ways = [(0, 0, 0), (F_WRITE, F_WRITE, F_WRITE), (0, 0, F_WRITE), (0, F_WRITE, F_WRITE)]
+        border = RINGS + 0x30000
+        for ring in self.rings(size=16):
+            assert ring.vring.queue
+            ring.vring.queue._learning = False
+            for flags in ways:
+                for header, length in (DATA, 16), (border - 8, 16), (border - 8, 0):
+                    for turn in range(5):
+                        data = (DATA + 0x1000 + 64 * turn, length, flags[1])
+                        ring.memory.write(data[0], bytes([turn]) * 16)
+                        parts = [(header, 16, flags[0]), data, (DATA + 0x800, 4, flags[2])]
+                        entries = [(*part[:2], part[2] | (F_NEXT if n < 3 else 0), n % 3) for n, part in enumerate(parts, 1)]
+                        ring.offer((*ring.table(*entries), F_INDIRECT))
+                        [chain] = ring.vring
+                        found = [b"".join(views) for views in (chain.readable, chain.writable)]
+                        expected = [b"".join(ring.memory.read(*part[:2]) for part in parts if part[2] == kind) for kind in (0, F_WRITE)]
+                        self.assertEqual(found, expected, (flags, header, length, turn))
+                        ring.vring.add_used(chain, 0)
+                        ring.returned()
+            self.assertEqual((ring.vring.broken, ring.vring.malformed), (None, 0))
+
     def test_three_descriptors_are_taken_as_any_number_is(self) -> None:
         """There is a short way for them: it must find the same, and refuse the same."""
         gib = 1 << 30

@@ -756,7 +756,9 @@ class Queue(_Ring, ABC):
                 chain._token = token
                 return chain
         chain = self._chain(token, content, first)
-        if len(chain.readable) + len(chain.writable) == 3 and self._ram[1]:
+        # One part for each descriptor, the first one readable and the last one writable: then the second one's is known.
+        parts = (*chain.readable, *chain.writable)
+        if chain.readable and chain.writable and tuple(map(len, parts)) == self._three(content)[1::4] and self._ram[1]:
             into = len(chain.writable) == 2
             if len(self._movable) >= self._MEMO_LIMIT:
                 self._movable.clear()
