@@ -9,7 +9,7 @@ In reading order:
 - Order between CPUs `Fence`, the full memory fence; `atomic_or`, the atomic OR on a shared word
 - Page faults        `Userfault`: pages that have not come yet, for postcopy migration
 - Regions            `GuestRegionMmap`: one mapped range of guest addresses
-- Memory             `GuestMemoryMmap`: an immutable set of regions, address translation, reads and writes
+- Memory             `GuestMemoryMmap`: an immutable set of regions, address translation, reads and writes; `FlatMemory`, most of it as one view
 - IOMMU              `Iotlb`, `IovaMemory`: the same memory by I/O virtual addresses
 - Dirty log          `DirtyLog`: which pages were written, for live migration
 - Snapshots          `GuestMemoryAtomic`: the current set, swapped as a whole
@@ -39,7 +39,7 @@ import weakref
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 __all__ = [
     "ACCESS_READ",
@@ -47,6 +47,7 @@ __all__ = [
     "AddressSpace",
     "DirtyLog",
     "Fence",
+    "FlatMemory",
     "GuestMemoryAtomic",
     "GuestMemoryError",
     "GuestMemoryMmap",
@@ -96,6 +97,8 @@ _MAP_RESERVE = 0x2 | 0x20 | 0x4000  # private, anonymous, nothing set aside for 
 _MREMAP_MAYMOVE_FIXED = 1 | 2
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE = os.sysconf("SC_PAGESIZE")
+_HUGE = 1 << 30  # no processor here has larger pages
+_MOST_SPAN = min(1 << 45, sys.maxsize >> 2)  # bytes of address space that guest memory may take up as one view
 
 _mappings: dict[int, int] = {}  # address -> length of all that is mapped
 
@@ -142,19 +145,31 @@ def _joined(parts: Sequence[memoryview]) -> memoryview:
     if any(end for _, end in ends[:-1]) or any(start for start, _ in ends[1:]):
         raise GuestMemoryError(f"{len(parts)} pieces of memory that do not meet at pages of {_PAGE} bytes cannot be one area")
     size = sum(map(len, parts))
-    length = -(-(offset + size) // _PAGE) * _PAGE
+    whole = _reserved(offset + size)
+    at = 0
+    for part in parts:
+        at += _map_again(part, whole, at)
+    return whole[offset : offset + size]
+
+
+def _reserved(length: int) -> memoryview:
+    """Room for mappings, in which nothing may be touched yet. Raises GuestMemoryError."""
+    length = -(-length // _PAGE) * _PAGE
     address = _libc.mmap(None, length, 0, _MAP_RESERVE, -1, 0)
     if address is None or address == _MAP_FAILED:
         raise GuestMemoryError(f"no room for an area of {length:#x} bytes: {os.strerror(ctypes.get_errno())}")
-    whole, at = _owned(address, length), address
-    for part in parts:
-        source = _address_of(part)
-        pages = -(-(source % _PAGE + len(part)) // _PAGE) * _PAGE
-        # With an old size of 0 a shared mapping stays where it is and gets a second one (mremap(2)).
-        if _libc.mremap(source - source % _PAGE, 0, pages, _MREMAP_MAYMOVE_FIXED, at) != at:
-            raise GuestMemoryError(f"a piece of memory cannot be mapped again (huge pages?): {os.strerror(ctypes.get_errno())}")
-        at += pages
-    return whole[offset : offset + size]
+    return _owned(address, length)
+
+
+def _map_again(part: memoryview, room: memoryview, at: int) -> int:
+    """Map the pages of `part`, a view of a shared mapping, a second time: from offset `at` of `room`, that of a page. Returns the bytes they are.
+    Raises GuestMemoryError."""
+    source, target = _address_of(part), _address_of(room) + at
+    pages = -(-(source % _PAGE + len(part)) // _PAGE) * _PAGE
+    # With an old size of 0 a shared mapping stays where it is and gets a second one (mremap(2)).
+    if _libc.mremap(source - source % _PAGE, 0, pages, _MREMAP_MAYMOVE_FIXED, target) != target:
+        raise GuestMemoryError(f"a piece of memory cannot be mapped again (huge pages?): {os.strerror(ctypes.get_errno())}")
+    return pages
 
 
 def _check_backing(fd: int, end: int) -> None:
@@ -377,6 +392,7 @@ class Userfault:
 
     def register(self, region: GuestRegionMmap) -> None:
         """From here on pages of the region that are missing are waited for. Raises GuestMemoryError when the kernel cannot do that."""
+        region.only_here = True
         host = region.host_addr
         start, length = next((start, length) for start, length in _mappings.items() if start <= host < start + length)
         try:
@@ -410,9 +426,10 @@ class GuestRegionMmap:
     user_addr     the front-end's address of the first byte
     mmap_offset   where in the file the region starts, in bytes; any value
     view          the region's bytes; slices keep the mapping alive
+    only_here     whether this mapping cannot be made a second time: of huge pages, or watched for page faults
     """
 
-    __slots__ = ("__weakref__", "_file", "_inode", "guest_addr", "mmap_offset", "size", "user_addr", "view")
+    __slots__ = ("__weakref__", "_file", "_inode", "guest_addr", "mmap_offset", "only_here", "size", "user_addr", "view")
 
     def __init__(self, fd: int, guest_addr: int, size: int, user_addr: int, mmap_offset: int = 0) -> None:
         """Map the region. `fd` stays the caller's, and may be closed at once.
@@ -428,8 +445,10 @@ class GuestRegionMmap:
         self.mmap_offset = mmap_offset
         self._file: int | None = None
         self._inode = _inode(fd)
+        self.only_here = False
         try:
             self.view = map_shared(fd, mmap_offset, size)
+            self.only_here = _mapping_unit(fd) != _PAGE
         except (GuestMemoryError, OSError) as error:
             raise GuestMemoryError(f"{self}: {error}") from error
 
@@ -478,24 +497,93 @@ def _inode(fd: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
+class FlatMemory(NamedTuple):
+    """Most of guest RAM as one view, for those who go by numbers: no object for each buffer, no search for its region.
+
+    view            the byte at guest address a is view[a]; slices keep the mapping alive
+    first, second   the ranges (start, end) of guest addresses that it has, the two largest; (0, 0): none. Nothing else may be touched: that would end
+                    the process, or worse
+    """
+
+    view: memoryview
+    first: tuple[int, int]
+    second: tuple[int, int]
+
+    @classmethod
+    def of(cls, regions: Sequence[GuestRegionMmap]) -> FlatMemory:
+        """Of regions in the order of their guest addresses: all that can be mapped a second time, side by side, or one of them if that is more."""
+        largest = max(regions, key=lambda region: region.size, default=None)
+        if largest is None or regions[-1].guest_addr + regions[-1].size > sys.maxsize:
+            return NOWHERE
+        if len(regions) > 1:
+            with suppress(GuestMemoryError):
+                several = cls._side_by_side([region for region in regions if not region.only_here])
+                if several.first[1] - several.first[0] >= largest.size:
+                    return several
+        start, end = largest.guest_addr, largest.guest_addr + largest.size
+        return cls(_shifted(largest.view, start, end), (start, end), (0, 0))
+
+    @classmethod
+    def _side_by_side(cls, regions: Sequence[GuestRegionMmap]) -> FlatMemory:
+        """Raises GuestMemoryError when that cannot be."""
+        if not regions:
+            return NOWHERE
+        base, last = regions[0].guest_addr & -_HUGE, regions[-1].guest_addr + regions[-1].size
+        if last - base > _MOST_SPAN:
+            raise GuestMemoryError(f"guest memory that spans {last - base:#x} bytes")
+        room = _reserved(last - base + _HUGE)
+        room = room[-_address_of(room) % _HUGE :]  # so that the kernel can go on using huge pages
+        ranges: list[tuple[int, int]] = []
+        mapped = 0
+        for region in regions:
+            start, end = region.guest_addr, region.guest_addr + region.size
+            page = start - start % _PAGE
+            if page < mapped or (region.host_addr - start) % _PAGE:
+                raise GuestMemoryError(f"{region} begins within a page")
+            mapped = page + _map_again(region.view, room, page - base)
+            if ranges and ranges[-1][1] == start:
+                start = ranges.pop()[0]
+            ranges.append((start, end))
+        ranges.sort(key=lambda one: one[0] - one[1])
+        return cls(_shifted(room, base, last), *[*ranges, (0, 0)][:2])
+
+
+def _shifted(memory: memoryview, start: int, end: int) -> memoryview:
+    """`memory`, whose first byte gets the index `start`; `end` is behind the last one that is needed."""
+    shifted: Any = (ctypes.c_ubyte * end).from_address((_address_of(memory) - start) % ADDRESS_LIMIT)
+    shifted.memory = memory  # which it keeps alive
+    return memoryview(shifted).cast("B")
+
+
+NOWHERE = FlatMemory(memoryview(b""), (0, 0), (0, 0))
+
+
 class GuestMemoryMmap:
     """An immutable set of regions: zero to 509, without overlap in guest or in user addresses.
 
     Every method that takes an address checks it: nothing outside the regions is ever touched.
     """
 
-    __slots__ = ("__weakref__", "_starts", "_user_order", "_user_starts", "regions")
+    __slots__ = ("__weakref__", "_flat", "_starts", "_user_order", "_user_starts", "regions")
 
     def __init__(self, regions: Iterable[GuestRegionMmap] = ()) -> None:
         """Raises GuestMemoryError when there are too many regions, or two overlap."""
         self.regions: tuple[GuestRegionMmap, ...] = tuple(sorted(regions, key=lambda region: region.guest_addr))
         if len(self.regions) > MAX_REGIONS:
             raise GuestMemoryError(f"{len(self.regions)} memory regions, more than {MAX_REGIONS}")
+        self._flat: FlatMemory | None = None
         self._user_order = sorted(self.regions, key=lambda region: region.user_addr)
         self._starts = [region.guest_addr for region in self.regions]
         self._user_starts = [region.user_addr for region in self._user_order]
         _check_overlap(self.regions, self._starts, "guest")
         _check_overlap(self._user_order, self._user_starts, "user")
+
+    @property
+    def flat(self) -> FlatMemory:
+        """Most of it as one view, made when it is asked for first."""
+        if self._flat is None:
+            self._flat = FlatMemory.of(self.regions)
+        return self._flat
 
     @classmethod
     def from_ranges(cls, ranges: Iterable[tuple[int, int]]) -> GuestMemoryMmap:
@@ -527,6 +615,11 @@ class GuestMemoryMmap:
     def guest_ranges(self, view: memoryview) -> list[tuple[int, int]]:
         """(guest address, length) of a view that `view` or `views` gave, where the region is still there."""
         start = _address_of(view)
+        if self._flat:
+            guest_addr = (start - _address_of(self._flat.view)) % ADDRESS_LIMIT
+            for first, end in self._flat[1:]:
+                if first <= guest_addr < end:
+                    return [(guest_addr, len(view))]
         return [(region.guest_addr + start - host, len(view)) for region in self.regions if (host := region.host_addr) <= start < host + region.size]
 
     def user_to_guest(self, user_addr: int, length: int = 1) -> int:
@@ -612,7 +705,8 @@ class AddressSpace(Protocol):
     def view(self, address: int, length: int, access: int = ..., /) -> memoryview: ...
     def views(self, address: int, length: int, access: int = ..., /) -> list[memoryview]: ...
     def write(self, address: int, data: bytes | bytearray | memoryview, /) -> None: ...
-    def find_region(self, address: int, /) -> GuestRegionMmap | None: ...
+    @property
+    def flat(self) -> FlatMemory: ...
     def guest_ranges(self, view: memoryview) -> list[tuple[int, int]]: ...
 
 
@@ -768,9 +862,10 @@ class IovaMemory:
         """Copy `data` to the IOVA."""
         _copy_into(self.views(iova, len(data), ACCESS_WRITE), data)
 
-    def find_region(self, iova: int) -> None:
-        """None: what is next to an IOVA may be anywhere."""
-        return
+    @property
+    def flat(self) -> FlatMemory:
+        """Nothing: IOVAs lie anywhere."""
+        return NOWHERE
 
     def guest_ranges(self, view: memoryview) -> list[tuple[int, int]]:
         """As `GuestMemoryMmap.guest_ranges`."""

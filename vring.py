@@ -5,7 +5,7 @@ Part of a framework for vhost-user back-ends in pure Python; needs the standard 
 In reading order:
 
 - Facts              descriptor flags, feature bits and layouts of virtio 1.3 §2.7 and §2.8
-- Descriptor chains  `DescriptorChain`, what a device works with
+- Descriptor chains  `DescriptorChain`, what a device works with; `RequestBatch`, many chains of the commonest shape as plain numbers
 - In-flight tracking `SplitInflight`, `PackedInflight`: what a back-end that dies leaves to its next life
 - Device side        `Queue`, and its two formats `SplitQueue` and `PackedQueue`: chains in, completions out, notifications
 - Rings of a daemon  `VringState` (a queue with its eventfds and switches), `VringMutex` and `VringRwLock` (the same, shared by threads)
@@ -15,8 +15,8 @@ Whatever the driver writes is taken as hostile: it is copied once, the copy is c
 returned with length 0 and counted; a bad ring is broken until it is started again.
 
 Cost is per batch, not per request: one look at the available index takes all that is there, one store publishes what is done,
-one signal tells the driver. Parsed chains are remembered by the bytes of their descriptors, since drivers use their buffers again
-and again: the key is the content that was checked, so that a hit needs no check.
+one signal tells the driver. A chain object stays with its place in the ring and remembers the bytes of its descriptors: when the
+driver comes with the same ones, nothing is parsed and nothing made; they are the content that was checked, so that this needs no check.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import chain as concatenate
 from typing import TYPE_CHECKING, Any, ContextManager, Literal, Protocol
 
 if TYPE_CHECKING or not __package__:
@@ -44,6 +43,7 @@ if TYPE_CHECKING or not __package__:
         AddressSpace,
         DirtyLog,
         Fence,
+        FlatMemory,
         GuestMemoryAtomic,
         GuestMemoryError,
         Iotlb,
@@ -58,6 +58,7 @@ else:
         AddressSpace,
         DirtyLog,
         Fence,
+        FlatMemory,
         GuestMemoryAtomic,
         GuestMemoryError,
         Iotlb,
@@ -68,11 +69,14 @@ else:
 __all__ = [
     "DescriptorChain",
     "DriverQueue",
+    "FlatRequest",
     "MAX_QUEUE_SIZE",
     "NoLock",
     "PackedDriverQueue",
     "PackedQueue",
+    "Parts",
     "Queue",
+    "RequestBatch",
     "SplitDriverQueue",
     "SplitQueue",
     "TurnLock",
@@ -125,11 +129,16 @@ EVENT_FLAGS_ENABLE = 0  # event suppression structures of the packed ring (virti
 EVENT_FLAGS_DISABLE = 1
 EVENT_FLAGS_DESC = 2
 
-_WRITE_OR_INDIRECT = DESC_F_WRITE | DESC_F_INDIRECT
 _DESCRIPTOR_SIZE = 16
 _THREE = 3 * _DESCRIPTOR_SIZE
+_CHAIN_FLAGS = DESC_F_NEXT | DESC_F_WRITE | DESC_F_INDIRECT
+_NEXT_WRITE = DESC_F_NEXT | DESC_F_WRITE
+_MOST_DATA = 1 << 31  # bytes of a request's data that go as plain numbers
 _SWAP = sys.byteorder == "big"  # rings are little-endian, but for those of legacy drivers
 _DESCRIPTOR = struct.Struct("<QIHH")  # address, length, then flags, next (split) or id, flags (packed)
+_UNPACK_ONE = _DESCRIPTOR.unpack_from
+_THREE_DESCRIPTORS = struct.Struct("<" + 3 * "QIHH")
+_UNPACK_THREE, _PACK_THREE = _THREE_DESCRIPTORS.unpack_from, _THREE_DESCRIPTORS.pack
 _BIG_DESCRIPTOR = struct.Struct(">QIHH")
 # Of a descriptor that the other side is looking at, all but the flags: pack_into clears its whole target first, and flags that are 0 for
 # a moment may mean "available" (or, on the device side, "used").
@@ -181,6 +190,10 @@ class _BrokenRing(Exception):
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
+Parts = tuple[tuple[memoryview, ...], tuple[memoryview, ...], int, int]
+"""Of a chain: the device-readable ones, the device-writable ones, and how many bytes each are."""
+
+
 class DescriptorChain:
     """One buffer that the driver made available (virtio 1.3 §2.7.13), from the ring's iterator until `add_used`.
 
@@ -190,28 +203,31 @@ class DescriptorChain:
     writable_len  bytes in `writable`
     memo          whatever the device wants to keep about these parts; None at first. A driver uses its buffers again and again, and
                   the framework then hands out the same object with a new content: what depends on the parts alone may stay in here
-    layout_memo   likewise, about the number and the lengths of the parts: it stays when one of them has moved, and `memo` is None again
 
     Don't use a chain after `add_used`.
     """
 
     __slots__ = (
-        *("_holder", "_read_at", "_token", "_used", "_write_at"),
-        *("layout_memo", "memo", "readable", "readable_len", "writable", "writable_len"),
+        *("_content", "_descriptors", "_holder", "_read_at", "_table", "_token", "_used", "_write_at"),
+        *("memo", "readable", "readable_len", "writable", "writable_len"),
     )
 
-    def __init__(self, token: int, readable: tuple[memoryview, ...], writable: tuple[memoryview, ...], readable_len: int, writable_len: int) -> None:
+    def __init__(self, token: int, parts: Parts = ((), (), 0, 0)) -> None:
         self._token = token
         self._used: int | None = None
         self._read_at = 0
         self._write_at = 0
         self._holder: Queue | None = None  # the queue it was taken from, until it is completed
+        self._learn(b"", None, b"", parts)
+
+    def _learn(self, descriptors: bytes, table: memoryview | None, content: bytes, parts: Parts) -> None:
+        """These are the chain's parts for as long as the same `descriptors` stand in its place of the ring, with that `content` of the indirect
+        `table`, if they name one."""
+        self._descriptors = descriptors
+        self._table = table
+        self._content = content
+        self.readable, self.writable, self.readable_len, self.writable_len = parts
         self.memo: Any = None
-        self.layout_memo: Any = None
-        self.readable = readable
-        self.writable = writable
-        self.readable_len = readable_len
-        self.writable_len = writable_len
 
     @property
     def id(self) -> int:
@@ -239,6 +255,47 @@ class DescriptorChain:
 
     def __repr__(self) -> str:
         return f"<chain {self.id}: {self.readable_len} bytes readable, {self.writable_len} writable>"
+
+
+FlatRequest = tuple[int, tuple[Any, ...], int, bool, int, int, int]
+"""A chain of three descriptors as numbers: token, the header's fields, where the header is, whether the data is device-writable, where the data is,
+its length, where the status is. Places are guest addresses; all of it was checked."""
+
+
+class RequestBatch:
+    """What a ring's `requests` gives at a time. Mostly a chain is a header for the device to read, data in one piece, and a status for it to write:
+    such a one is a `FlatRequest` of plain numbers, and costs a fraction of an object with views.
+
+    ram       most of guest RAM, as one view with guest addresses for indices: the data of a request is ram[at : at + length]
+    requests  the chains of that shape
+    chains    all others, for `add_used` as ever
+    done      for the device to fill: token, length written, token, length written … of the requests that it has done. They are published with
+              the chains that were completed meanwhile, when the device asks for the next batch
+
+    A request that is not done by then has to be made a chain (`chain`) before.
+    """
+
+    __slots__ = ("_header", "_queue", "_status", "chains", "done", "ram", "requests")
+
+    ram: memoryview
+    _queue: Queue
+
+    def __init__(self, header: struct.Struct, status: int) -> None:
+        self._header = header
+        self._status = status
+        self.requests: list[FlatRequest] = []
+        self.chains: list[DescriptorChain] = []
+        self.done: list[int] = []
+
+    def chain(self, request: FlatRequest) -> DescriptorChain:
+        """One of `requests` as a chain, for `add_used`, now or later."""
+        token, _, header_at, into, at, length, status_at = request
+        ram, size, written = self.ram, self._header.size, self._status
+        header, data, status = ram[header_at : header_at + size], ram[at : at + length], ram[status_at : status_at + written]
+        parts: Parts = ((header,), (data, status), size, length + written) if into else ((header, data), (status,), size + length, written)
+        chain = DescriptorChain(token, parts)
+        chain._holder = self._queue
+        return chain
 
 
 def _span(parts: tuple[memoryview, ...], start: int, end: int) -> Iterator[memoryview]:
@@ -487,8 +544,6 @@ class _Ring:
         self.big_endian = big_endian
         self._swap = big_endian != _SWAP
         self._descriptor = _BIG_DESCRIPTOR if big_endian else _DESCRIPTOR
-        self._three = _table_struct(3, big_endian).unpack
-        self._address = struct.Struct((">" if big_endian else "<") + "Q").unpack_from
 
     def _load(self, view: memoryview, item: int) -> int:
         value: int = view[item]
@@ -503,14 +558,14 @@ class Queue(_Ring, ABC):
 
     size         entries
     outstanding  descriptors-in-ring that the device has taken and not yet published as used (split: chains)
-    completed    (token, length) of chains that are done and not yet published; any thread may append
+    completed    token, length, token, length … of chains that are done and not yet published; any thread may extend it by such a pair
     taken        chains taken so far
     malformed    chains that were refused so far
     stalled      what the next chain waits for, if its addresses have no translation yet
     most_waiting  the most chains that any `take` has found, where the format tells (split); whoever goes by it sets it back to 0
     """
 
-    _MEMO_LIMIT = 2048  # parsed chains kept of each kind; about 1 KiB each
+    _LONG_CHAINS = 512  # long ones that are remembered by their content; a few KiB each
 
     def __init__(
         self,
@@ -532,7 +587,7 @@ class Queue(_Ring, ABC):
         self.malformed = 0
         self.stalled: IotlbMiss | None = None
         self.most_waiting = 0
-        self.completed: list[tuple[int, int]] = []
+        self.completed: list[int] = []
         self.event_idx = bool(features >> VIRTIO_F_EVENT_IDX & 1)
         self.in_order = bool(features >> VIRTIO_F_IN_ORDER & 1)
         self._indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
@@ -558,14 +613,8 @@ class Queue(_Ring, ABC):
 
     def forget(self) -> None:
         """Translate all addresses of chains anew from here on."""
-        self._ram = self._ram_before = (0, 0, memoryview(b""))  # regions that were used: guest address, size, view
-        self._learning = True
-        self._misses = self._taken_before = 0
-        self._direct: dict[bytes, DescriptorChain] = {}
-        self._by_table: dict[bytes, DescriptorChain] = {}
-        # By descriptors without the address of the second one: chain, length of that buffer, whether it is device-writable. None is in the others.
-        self._movable: dict[bytes, tuple[DescriptorChain, int, bool]] = {}
-        self._tables: dict[bytes, tuple[int, memoryview]] = {}  # by the descriptor's bytes: token, table
+        self._flat: FlatMemory = self._memory.flat
+        self._long: dict[bytes, Parts] = {}
 
     def lies_in(self, address: int, size: int) -> bool:
         """Whether the ring itself has a byte in that range."""
@@ -614,11 +663,16 @@ class Queue(_Ring, ABC):
         Chains that break the rules are completed with length 0 at once, and not among them."""
 
     @abstractmethod
+    def _take_flat(self, batch: RequestBatch, limit: int) -> bool:
+        """Up to `limit` chains from the next one on that have the shape of a FlatRequest. Returns whether it met one that has another. Raises
+        _BrokenRing."""
+
+    @abstractmethod
     def put_back(self, chains: Sequence[DescriptorChain]) -> None:
         """Undo `take` for the last ones it gave."""
 
     @abstractmethod
-    def _publish(self, batch: list[tuple[int, int]]) -> None: ...
+    def _publish(self, batch: list[int]) -> None: ...
 
     @abstractmethod
     def _device_written(self) -> list[tuple[int, int]]:
@@ -638,13 +692,38 @@ class Queue(_Ring, ABC):
 
     # What both formats share
 
+    def take_requests(self, batch: RequestBatch, limit: int) -> None:
+        """`take` for a batch that is empty: those that have the shape as numbers, all others as chains. Raises _BrokenRing."""
+        batch._queue = self
+        batch.ram = self._flat.view
+        if not self._by_number or self._again or self.log:  # what needs more than its completion goes by chains
+            batch.chains = self.take(limit)
+            return
+        requests, chains = batch.requests, batch.chains
+        others = 1
+        while limit > 0:
+            before, count = self.taken, len(requests)
+            try:
+                if not self._take_flat(batch, limit):
+                    return
+                # Where one is of another shape, the next one mostly is as well.
+                others = 1 if len(requests) > count else 2 * others
+                chains += self.take(others)
+            except _BrokenRing:
+                if not (requests or chains):
+                    raise
+                return  # these first: it comes again
+            if self.taken == before:
+                return
+            limit -= self.taken - before
+
     def complete_in_order(self, chain: DescriptorChain, length: int) -> None:
         """Note that the chain is done, and pass on as completed all that now are in the order of `take` (VIRTIO_F_IN_ORDER)."""
         chain._used = length
         order = self._order
         while order and order[0]._used is not None:
             first = order.popleft()
-            self.completed.append((first._token, first._used or 0))
+            self.completed.extend((first._token, first._used or 0))
 
     def publish(self) -> None:
         """Write all completions to the ring and show them to the driver."""
@@ -668,7 +747,8 @@ class Queue(_Ring, ABC):
             for piece in self._written or ((self.log_used_at + offset, length),):
                 self.log.mark(*piece)
 
-    def _begin(self) -> None:
+    def _begin(self, by_number: bool) -> None:
+        self._by_number = by_number and not (self.in_order or self._swap or _SWAP)
         self._signalled: int | None = None
         self.outstanding = 0
         self._order.clear()
@@ -716,57 +796,14 @@ class Queue(_Ring, ABC):
         self.taken += 1
         self._complain(f"chain {token & 0xFFFF} refused: {reason}")
         if self.in_order:
-            chain = DescriptorChain(token, (), (), 0, 0)
+            chain = DescriptorChain(token)
             self._order.append(chain)
             self.complete_in_order(chain, 0)
         else:
-            self.completed.append((token, 0))
+            self.completed.extend((token, 0))
 
-    def _new_chain(self, token: int, content: bytes, first: int | None, memo: dict[bytes, DescriptorChain]) -> DescriptorChain:
-        """`_chain`, of one that is not remembered. It is kept in `memo`, unless the driver uses new buffers all the time: then only a sample, to see
-        when that changes."""
-        self._misses = misses = self._misses + 1
-        if misses & 15 and not self._learning:
-            return self._moved_chain(token, content, first) if len(content) == _THREE else self._chain(token, content, first)
-        if not misses & 1023:
-            self._learning = self.taken - self._taken_before > 2 * 1024
-            self._taken_before = self.taken
-        chain = self._chain(token, content, first)
-        if len(memo) >= self._MEMO_LIMIT:
-            memo.clear()
-        memo[content] = chain
-        return chain
-
-    def _moved_chain(self, token: int, content: bytes, first: int | None) -> DescriptorChain:
-        """`_chain`, of three descriptors. Mostly, header and status of a disk's request are those of a request before it, and only the data is
-        somewhere else: then the chain is that one, whose content but for this address was checked."""
-        key = content[:_DESCRIPTOR_SIZE] + content[_DESCRIPTOR_SIZE + 8 :]
-        known = self._movable.get(key)
-        if known is not None:
-            chain, length, into = known
-            start, size, ram = self._ram
-            offset = self._address(content, _DESCRIPTOR_SIZE)[0] - start
-            if 0 <= offset <= size - length and chain._holder is None:
-                data = ram[offset : offset + length]
-                if into:
-                    chain.writable = data, chain.writable[1]
-                else:
-                    chain.readable = chain.readable[0], data
-                chain.memo = None
-                chain._token = token
-                return chain
-        chain = self._chain(token, content, first)
-        # One part for each descriptor, the first one readable and the last one writable: then the second one's is known.
-        parts = (*chain.readable, *chain.writable)
-        if chain.readable and chain.writable and tuple(map(len, parts)) == self._three(content)[1::4] and self._ram[1]:
-            into = len(chain.writable) == 2
-            if len(self._movable) >= self._MEMO_LIMIT:
-                self._movable.clear()
-            self._movable[key] = chain, len(chain.writable[0] if into else chain.readable[1]), into
-        return chain
-
-    def _table(self, address: int, length: int, key: bytes, token: int) -> memoryview:
-        """The view of an indirect table, checked. Remembered by `key`, the bytes of its descriptor."""
+    def _table(self, address: int, length: int) -> memoryview:
+        """The view of an indirect table, checked."""
         if not self._indirect:
             raise _MalformedChain("an indirect descriptor, though VIRTIO_F_INDIRECT_DESC was not negotiated")
         if not length or length % _DESCRIPTOR_SIZE:
@@ -774,57 +811,65 @@ class Queue(_Ring, ABC):
         if length // _DESCRIPTOR_SIZE > max(self.size, MAX_INDIRECT):
             raise _MalformedChain(f"an indirect table of {length // _DESCRIPTOR_SIZE} descriptors on a queue of {self.size}")
         try:
-            table = self._memory.view(address, length, ACCESS_READ)
+            return self._memory.view(address, length, ACCESS_READ)
         except GuestMemoryError as error:
             raise _MalformedChain(f"indirect table: {error}") from None
-        if len(self._tables) >= self._MEMO_LIMIT:
-            self._tables.clear()
-        self._tables[key] = (token, table)
-        return table
 
-    def _chain(self, token: int, content: bytes, first: int | None) -> DescriptorChain:
-        """The chain whose descriptors are `content`, checked: everything in RAM, readable before writable, under 4 GiB. Raises IotlbMiss after all
-        of its missing translations were asked for.
+    def _table_parts(self, content: bytes) -> Parts:
+        """`_parts` of an indirect table. Long ones are remembered by their content: drivers put the same buffers into other tables."""
+        if len(content) <= _THREE:
+            return self._parse_table(content)
+        parts = self._long.get(content)
+        if parts is None:
+            parts = self._parse_table(content)
+            if len(self._long) >= self._LONG_CHAINS:
+                self._long.clear()
+            self._long[content] = parts
+        return parts
 
-        `first`: for split, the index that the first one has in its table; raises _Scrambled when they are not one chain just like this.
-        None: packed, where they follow by position."""
-        if len(content) == _THREE:
-            # What a disk's driver makes: header, data, status. Right, and in the region that was used last, it needs no loop.
-            a, a_len, a_flags, a_next, b, b_len, b_flags, b_next, c, c_len, c_flags, c_next = self._three(content)
+    @abstractmethod
+    def _parse_table(self, content: bytes) -> Parts:
+        """The parts that an indirect table tells of."""
+
+    def _parts(self, content: bytes, first: int | None) -> Parts:
+        """`_any_parts`, which is short for what is in flat memory and right: header, data, status, as a disk's driver makes them."""
+        if len(content) == _THREE and not self._swap:
+            a, a_len, a_flags, a_next, b, b_len, b_flags, b_next, c, c_len, c_flags, c_next = _UNPACK_THREE(content)
             if first is None:
-                a_flags, b_flags, c_flags = a_next, b_next, c_next
+                a_flags, b_flags, c_flags = a_next | DESC_F_NEXT, b_next | DESC_F_NEXT, c_next & ~DESC_F_NEXT
                 linked = True
             else:
-                linked = a_next == first + 1 and b_next == first + 2 and a_flags & b_flags & DESC_F_NEXT and not c_flags & DESC_F_NEXT
-            start, size, ram = self._ram
-            a -= start
-            b -= start
-            c -= start
+                linked = a_next == first + 1 and b_next == first + 2
+            ram, (start, end), (start2, end2) = self._flat
             if (
                 linked
-                and not a_flags & _WRITE_OR_INDIRECT
-                and not b_flags & DESC_F_INDIRECT
-                and c_flags & _WRITE_OR_INDIRECT == DESC_F_WRITE
-                and 0 <= a <= size - a_len
-                and 0 <= b <= size - b_len
-                and 0 <= c <= size - c_len
+                and a_flags & _CHAIN_FLAGS == DESC_F_NEXT
+                and b_flags & (DESC_F_NEXT | DESC_F_INDIRECT) == DESC_F_NEXT
+                and c_flags & _CHAIN_FLAGS == DESC_F_WRITE
                 and a_len
                 and b_len
                 and c_len
+                and (start <= a <= end - a_len or start2 <= a <= end2 - a_len)
+                and (start <= b <= end - b_len or start2 <= b <= end2 - b_len)
+                and (start <= c <= end - c_len or start2 <= c <= end2 - c_len)
                 and a_len + b_len + c_len < _MOST_BYTES
             ):
                 header, data, status = ram[a : a + a_len], ram[b : b + b_len], ram[c : c + c_len]
                 if b_flags & DESC_F_WRITE:
-                    return DescriptorChain(token, (header,), (data, status), a_len, b_len + c_len)
-                return DescriptorChain(token, (header, data), (status,), a_len + b_len, c_len)
-        return self._any_chain(token, content, first)
+                    return (header,), (data, status), a_len, b_len + c_len
+                return (header, data), (status,), a_len + b_len, c_len
+        return self._any_parts(content, first)
 
-    def _any_chain(self, token: int, content: bytes, first: int | None) -> DescriptorChain:
-        """`_chain`, of any number of descriptors."""
+    def _any_parts(self, content: bytes, first: int | None) -> Parts:
+        """The parts of the chain whose descriptors are `content`, checked: everything in RAM, readable before writable, under 4 GiB. Raises
+        IotlbMiss after all of its missing translations were asked for.
+
+        `first`: for split, the index that the first one has in its table; raises _Scrambled when they are not one chain just like this.
+        None: packed, where they follow by position."""
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         readable_len = writable_len = 0
-        (start, size, ram), (start_before, size_before, ram_before) = self._ram, self._ram_before
+        ram, (start, end), (second_start, second_end) = self._flat
         number = first
         miss: IotlbMiss | None = None
         for address, length, third, fourth in self._descriptor.iter_unpack(content):
@@ -841,18 +886,15 @@ class Queue(_Ring, ABC):
             else:
                 parts = readable
                 readable_len += length
-            offset = address - start
-            offset_before = address - start_before
-            if 0 <= offset <= size - length and length:
-                parts.append(ram[offset : offset + length])
-            elif 0 <= offset_before <= size_before - length and length:
-                parts.append(ram_before[offset_before : offset_before + length])
+            if (start <= address <= end - length or second_start <= address <= second_end - length) and length:
+                parts.append(ram[address : address + length])
             else:
                 try:
-                    parts += self._elsewhere(address, length, ACCESS_READ if parts is readable else ACCESS_WRITE)
+                    parts += self._memory.views(address, length, ACCESS_READ if parts is readable else ACCESS_WRITE)
+                except GuestMemoryError as error:
+                    raise _MalformedChain(str(error)) from None
                 except IotlbMiss as one:
                     miss = one
-                (start, size, ram), (start_before, size_before, ram_before) = self._ram, self._ram_before
             if number is not None:
                 if not flags & DESC_F_NEXT:
                     break
@@ -866,19 +908,12 @@ class Queue(_Ring, ABC):
             raise miss
         if readable_len + writable_len >= _MOST_BYTES:
             raise _MalformedChain(f"{readable_len + writable_len:#x} bytes in one chain")
-        return DescriptorChain(token, tuple(readable), tuple(writable), readable_len, writable_len)
+        return tuple(readable), tuple(writable), readable_len, writable_len
 
-    def _elsewhere(self, address: int, length: int, access: int) -> list[memoryview]:
-        """The views of a buffer that is not in the two regions that were used last."""
-        try:
-            parts = self._memory.views(address, length, access)
-        except GuestMemoryError as error:
-            raise _MalformedChain(str(error)) from None
-        region = self._memory.find_region(address)
-        if region is not None:
-            self._ram_before = self._ram
-            self._ram = (region.guest_addr, region.size, region.view)
-        return parts
+
+# Where a request's descriptors are, those, the indirect table if they name one and its content; and what these say: five numbers of a FlatRequest.
+_KnownRequest = tuple[slice, bytes, memoryview | None, bytes, int, bool, int, int, int]
+_UNKNOWN: _KnownRequest = (slice(0), b"none", None, b"", 0, False, 0, 0, 0)
 
 
 class SplitQueue(Queue):
@@ -891,11 +926,21 @@ class SplitQueue(Queue):
     def _map(self, memory: AddressSpace, desc: int, avail: int, used: int) -> None:
         size = self.size
         self._desc = self._area(memory, desc, 16 * size, 16, ACCESS_READ, "descriptor table")
+        self._words = self._desc.cast("Q")
         self._avail = self._area(memory, avail, 6 + 2 * size, 2, ACCESS_READ, "available ring").cast("H")
         self._used = self._area(memory, used, 6 + 8 * size, 4, ACCESS_WRITE, "used ring")
         self._used16 = self._used.cast("H")
         self._used_event = 2 + size
         self._avail_event = 2 + 4 * size
+
+    def forget(self) -> None:
+        super().forget()
+        self._known: list[DescriptorChain | None] = [None] * self.size  # by head
+        self._shape = (0, 0)  # bytes of header and status of
+        self._shapes: list[_KnownRequest] = []  # requests, by head too
+        self._familiar = True
+        self._misses = 0
+        self._reckoning = self.taken + 4 * self.size
 
     def _device_written(self) -> list[tuple[int, int]]:
         return self._extents[2:]
@@ -909,7 +954,7 @@ class SplitQueue(Queue):
         return (self._next_avail - len(self._again)) & 0xFFFF
 
     def start(self, base: int, inflight: memoryview | None = None) -> None:
-        self._begin()
+        self._begin(by_number=True)
         # The used index is the ring's own: a front-end gives the available index alone (vhost-user, "vring state description").
         self._next_avail = base & 0xFFFF
         self._next_used = self._load(self._used16, 1)
@@ -921,7 +966,7 @@ class SplitQueue(Queue):
         self._next_avail = (self._next_used + len(heads)) & 0xFFFF
         for head in heads:
             try:
-                self._again.append(self._parse(head, bytes(self._desc[16 * head : 16 * head + 16])))
+                self._again.append(self._chain_at(head))
             except _MalformedChain as reason:
                 self._reject(head, reason)
                 self.outstanding += 1
@@ -931,21 +976,19 @@ class SplitQueue(Queue):
         return 1
 
     def available(self) -> bool:
-        return (not self.stalled and self._load(self._avail, 1) != self._next_avail) or bool(self._again)
+        index = self._avail[1]
+        if self._swap:
+            index = _swap16(index)
+        return (index != self._next_avail and self.stalled is None) or bool(self._again)
 
-    def take(self, limit: int) -> list[DescriptorChain]:
-        if self._again:
-            return self._take_again(limit)
+    def _heads(self, limit: int) -> list[int]:
+        """The next head descriptors that the driver made available, about `limit` at most. Raises _BrokenRing."""
         self.stalled = None
-        avail, swap = self._avail, self._swap
+        avail, swap, size, position = self._avail, self._swap, self.size, self._next_avail
         index = avail[1]
         if swap:
             index = _swap16(index)
-        position = self._next_avail
         waiting = (index - position) & 0xFFFF
-        if not waiting:
-            return []
-        size = self.size
         if waiting > size - self.outstanding:
             raise _BrokenRing(f"available index {index} is {waiting} ahead of {position}, with {self.outstanding} of {size} entries in flight")
         if waiting > self.most_waiting:
@@ -958,31 +1001,23 @@ class SplitQueue(Queue):
             heads = avail[2 + start : 2 + start + count].tolist()
         else:
             heads = avail[2 + start : 2 + size].tolist() + avail[2 : 2 + start + count - size].tolist()
-        if swap:
-            heads = [_swap16(head) for head in heads]
+        return [_swap16(head) for head in heads] if swap else heads
+
+    def take(self, limit: int) -> list[DescriptorChain]:
+        if self._again:
+            return self._take_again(limit)
+        heads = self._heads(limit)
         taken: list[DescriptorChain] = []
-        append = taken.append
-        desc, spans, tables, direct, by_table = self._desc, self._spans, self._tables, self._direct, self._by_table
+        chain_at = self._chain_at
         rejected = 0
         for head in heads:
             # What is wrong ends the batch: those before it go first, so that they can be put back, and then it comes again.
             try:
-                key = bytes(desc[spans[head]])
-                table = tables.get(key)
-                if table is not None:
-                    content = bytes(table[1])
-                    chain = by_table.get(content)
-                    if chain is None or chain._holder is not None:
-                        chain = self._parse_table(head, content)
-                    chain._token = head
-                else:
-                    chain = direct.get(key)
-                    if chain is None or chain._holder is not None or chain._token != head:
-                        chain = self._parse(head, key)
+                chain = chain_at(head)
             except IndexError:
                 if taken or rejected:
                     break
-                raise _BrokenRing(f"available ring entry names descriptor {head} of {size}") from None
+                raise _BrokenRing(f"available ring entry names descriptor {head} of {self.size}") from None
             except _MalformedChain as reason:
                 if taken:
                     break
@@ -996,15 +1031,92 @@ class SplitQueue(Queue):
                 break
             chain._holder = self
             chain._read_at = chain._write_at = 0
-            append(chain)
+            taken.append(chain)
         if self._inflight:
             self._inflight.note_taken(heads[rejected : rejected + len(taken)])
-        count = len(taken) + rejected
-        self._next_avail = (position + count) & 0xFFFF
-        self.outstanding += count
+        self._advance(len(taken) + rejected)
         self._hand_out(taken)
-        self._taken_again = False
         return taken
+
+    def _advance(self, count: int) -> None:
+        self._next_avail = (self._next_avail + count) & 0xFFFF
+        self.outstanding += count
+        self._taken_again = False
+
+    def _take_flat(self, batch: RequestBatch, limit: int) -> bool:
+        heads = self._heads(limit)
+        requests = batch.requests
+        append, before = requests.append, len(requests)
+        unpack, header, status = batch._header.unpack_from, batch._header.size, batch._status
+        if self._shape != (header, status):
+            self._shape, self._shapes = (header, status), [_UNKNOWN] * self.size
+        ram, (start, end), (start2, end2) = self._flat
+        desc, indirect, shapes, familiar = self._desc, self._indirect, self._shapes, self._familiar
+        table_end, header_end, status_end = end - _THREE, end - header, end - status
+        table_end2, header_end2, status_end2 = end2 - _THREE, end2 - header, end2 - status
+        misses = 0
+        try:
+            for head in heads:
+                if familiar:
+                    place, descriptors, table, content, first, into, second, length, third = shapes[head]
+                    if desc[place].tobytes() == descriptors and (table is None or table.tobytes() == content):
+                        append((head, unpack(ram, first), first, into, second, length, third))
+                        continue
+                    misses += 1
+                first, size1, flags1, next1 = _UNPACK_ONE(desc, head << 4)
+                table = None
+                if flags1 == DESC_F_INDIRECT:
+                    if size1 != _THREE or not indirect or not (start <= first <= table_end or start2 <= first <= table_end2):
+                        break
+                    if familiar:
+                        descriptors = _DESCRIPTOR.pack(first, size1, flags1, next1)
+                    table = ram[first : first + _THREE]
+                    content = table.tobytes()
+                    first, size1, flags1, next1, second, length, flags2, next2, third, size3, flags3, _ = _UNPACK_THREE(content)
+                    if next1 != 1 or next2 != 2:
+                        break
+                else:
+                    second, length, flags2, next2 = _UNPACK_ONE(desc, next1 << 4)
+                    third, size3, flags3, next3 = _UNPACK_ONE(desc, next2 << 4)
+                into = flags2 == _NEXT_WRITE
+                if not (
+                    size1 == header
+                    and flags1 == DESC_F_NEXT
+                    and (into or flags2 == DESC_F_NEXT)
+                    and flags3 == DESC_F_WRITE
+                    and size3 == status
+                    and 0 < length < _MOST_DATA
+                    and (start <= first <= header_end or start2 <= first <= header_end2)
+                    and (start <= second <= end - length or start2 <= second <= end2 - length)
+                    and (start <= third <= status_end or start2 <= third <= status_end2)
+                ):
+                    break
+                append((head, unpack(ram, first), first, into, second, length, third))
+                if not familiar:
+                    continue
+                at = head << 4
+                if table is not None:
+                    shapes[head] = slice(at, at + 16), descriptors, table, content, first, into, second, length, third
+                elif next1 == head + 1 and next2 == head + 2:
+                    descriptors = _PACK_THREE(first, size1, flags1, next1, second, length, flags2, next2, third, size3, flags3, next3)
+                    shapes[head] = slice(at, at + _THREE), descriptors, None, b"", first, into, second, length, third
+        except (IndexError, struct.error):
+            pass  # a head that the table does not have, or not with two more behind it
+        count = len(requests) - before
+        if self._inflight:
+            self._inflight.note_taken(heads[:count])
+        self._advance(count)
+        self.taken += count
+        self._misses += misses
+        if self.taken >= self._reckoning:
+            self._reckon()
+        return count < len(heads)
+
+    def _reckon(self) -> None:
+        """Whether the driver uses its buffers again and again. If not, nothing is remembered nor looked for, but for a try now and then."""
+        self._familiar = not self._familiar or self._misses < 2 * self.size
+        self._misses = 0
+        self._reckoning = self.taken + (4 if self._familiar else 256) * self.size
 
     def put_back(self, chains: Sequence[DescriptorChain]) -> None:
         if self._taken_again:
@@ -1016,32 +1128,53 @@ class SplitQueue(Queue):
         self.outstanding -= len(chains)
         self._undo_hand_out(chains)
 
-    def _parse(self, head: int, content: bytes) -> DescriptorChain:
-        """The chain that begins at `head`; `content`: what stood there, as many descriptors as the chain had last time."""
+    def _chain_at(self, head: int) -> DescriptorChain:
+        """The chain that begins at `head`. Raises IndexError, _MalformedChain, IotlbMiss."""
+        descriptors = self._desc[self._spans[head]].tobytes()
+        chain = self._known[head]
+        if chain is None or chain._holder is not None:  # a driver may name what the device still has
+            chain = self._known[head] = DescriptorChain(head)
+        elif chain._descriptors == descriptors:
+            table = chain._table
+            if table is None:
+                return chain
+            content = table.tobytes()
+            if content != chain._content:
+                chain._learn(descriptors, table, content, self._table_parts(content))
+            return chain
+        self._parse(chain, head, descriptors)
+        return chain
+
+    def _parse(self, chain: DescriptorChain, head: int, descriptors: bytes) -> None:
+        """Have `chain` be the one at `head`. `descriptors`: what stood there, as many as the chain had last time."""
+        address, length, flags, _ = self._descriptor.unpack_from(descriptors)
+        if flags & (DESC_F_INDIRECT | DESC_F_NEXT) == DESC_F_INDIRECT:
+            self._spans[head] = slice(16 * head, 16 * head + 16)
+            table = self._table(address, length)
+            content = table.tobytes()
+            chain._learn(descriptors[:16], table, content, self._table_parts(content))
+            return
         try:
-            return self._new_chain(head, content, head, self._direct)
+            chain._learn(descriptors, None, b"", self._parts(descriptors, head))
+            return
         except _Scrambled:
             pass
         copies = self._follow(self._desc, self.size, head)
         address, length, flags, _ = self._descriptor.unpack(copies[-1])
-        if flags & DESC_F_INDIRECT:  # the last one may be, alone or behind others (virtio 1.3 §2.7.5.3.2)
+        if flags & DESC_F_INDIRECT:  # the last one of several may be (virtio 1.3 §2.7.5.3.2)
             if flags & DESC_F_NEXT:
                 raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
-            self._spans[head] = slice(16 * head, 16 * head + 16)
-            content = bytes(self._table(address, length, copies[-1], 0))
-            if len(copies) == 1:
-                return self._parse_table(head, content)
-            table = self._follow(content, len(content) // 16, 0, nested=True)
-            return self._chain(head, self._renumbered(copies[:-1] + table), 0)
-        self._spans[head] = slice(16 * head, 16 * (head + len(copies)))  # a guess for the next time: they mostly stand together
-        return self._chain(head, self._renumbered(copies), 0)
+            content = self._table(address, length).tobytes()
+            copies[-1:] = self._follow(content, len(content) // 16, 0, nested=True)
+        else:
+            self._spans[head] = slice(16 * head, 16 * (head + len(copies)))  # a guess for the next time: they mostly stand together
+        chain._learn(b"", None, b"", self._parts(self._renumbered(copies), 0))
 
-    def _parse_table(self, head: int, content: bytes) -> DescriptorChain:
-        """The chain of an indirect table."""
+    def _parse_table(self, content: bytes) -> Parts:
         try:
-            return self._new_chain(head, content, 0, self._by_table)
+            return self._parts(content, 0)
         except _Scrambled:
-            return self._chain(head, self._renumbered(self._follow(content, len(content) // 16, 0, nested=True)), 0)
+            return self._parts(self._renumbered(self._follow(content, len(content) // 16, 0, nested=True)), 0)
 
     def _renumbered(self, copies: list[bytes]) -> bytes:
         """Descriptors of a chain as they would stand one after another at the start of a table."""
@@ -1069,17 +1202,17 @@ class SplitQueue(Queue):
             if not flags & DESC_F_NEXT or flags & DESC_F_INDIRECT:
                 return copies
 
-    def _publish(self, batch: list[tuple[int, int]]) -> None:
+    def _publish(self, batch: list[int]) -> None:
         if self._inflight:
-            self._inflight.note_used(token for token, _ in batch)
-        size, count = self.size, len(batch)
+            self._inflight.note_used(batch[::2])
+        size, count = self.size, len(batch) // 2
         start = self._next_used & (size - 1)
         if start + count <= size:
-            _used_struct(count, self.big_endian).pack_into(self._used, 4 + 8 * start, *concatenate.from_iterable(batch))
+            _used_struct(count, self.big_endian).pack_into(self._used, 4 + 8 * start, *batch)
         else:
             fits = size - start
-            _used_struct(fits, self.big_endian).pack_into(self._used, 4 + 8 * start, *concatenate.from_iterable(batch[:fits]))
-            _used_struct(count - fits, self.big_endian).pack_into(self._used, 4, *concatenate.from_iterable(batch[fits:]))
+            _used_struct(fits, self.big_endian).pack_into(self._used, 4 + 8 * start, *batch[: 2 * fits])
+            _used_struct(count - fits, self.big_endian).pack_into(self._used, 4, *batch[2 * fits :])
         if not STRONGLY_ORDERED:
             self._fence()
         self._next_used = index = (self._next_used + count) & 0xFFFF
@@ -1090,13 +1223,13 @@ class SplitQueue(Queue):
             self._log_used(4, 8 * max(0, start + count - size))
         self.outstanding -= count
         if self._inflight:
-            self._inflight.note_published((token for token, _ in batch), index)
+            self._inflight.note_published(batch[::2], index)
 
     def enable_notification(self) -> bool:
         if self.event_idx:  # as it stands, not `_next_avail`: behind chains that the device leaves, no event would ever come
-            self._store(self._used16, self._avail_event, self._load(self._avail, 1))
+            self._used16[self._avail_event] = self._avail[1]
         else:
-            self._store(self._used16, 0, 0)
+            self._used16[0] = 0
         if self.log:
             self._log_used(2 * self._avail_event, 2)
             self._log_used(0, 2)
@@ -1116,7 +1249,9 @@ class SplitQueue(Queue):
         self._signalled = new
         if old is None:
             return True
-        event = self._load(self._avail, self._used_event)
+        event = self._avail[self._used_event]
+        if self._swap:
+            event = _swap16(event)
         return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
 
 
@@ -1143,6 +1278,10 @@ class PackedQueue(Queue):
         self._driver_event = self._area(memory, driver, 4, 4, ACCESS_READ, "driver event suppression").cast("H")
         self._device_event = self._area(memory, device, 4, 4, ACCESS_WRITE, "device event suppression").cast("H")
 
+    def forget(self) -> None:
+        super().forget()
+        self._known: dict[bytes, DescriptorChain] = {}  # by descriptors, with the flags of odd laps and of even ones
+
     def _device_written(self) -> list[tuple[int, int]]:
         return self._extents[::2]
 
@@ -1165,7 +1304,7 @@ class PackedQueue(Queue):
         return chain._token >> 16
 
     def start(self, base: int, inflight: memoryview | None = None) -> None:
-        self._begin()
+        self._begin(by_number=inflight is None)  # the region keeps all descriptors
         if base == 0 and not self._load(self._flags, 7) & PACKED_F_USED:
             # Position 0 with both wrap counters 0 means one lap done, which leaves the first descriptor's USED bit set. Without it the
             # ring is new, and the front-end (User-mode Linux) sent the split ring's 0.
@@ -1198,8 +1337,8 @@ class PackedQueue(Queue):
         if len(content) == _DESCRIPTOR_SIZE:
             address, length, _, flags = _DESCRIPTOR.unpack(content)
             if flags & DESC_F_INDIRECT:
-                content = bytes(self._table(address, length, content, token))
-        return self._chain(token, content, None)
+                content = self._table(address, length).tobytes()
+        return DescriptorChain(token, self._parts(content, None))
 
     def available(self) -> bool:
         flags = self._load(self._flags, 8 * self._next_avail + 7)
@@ -1210,73 +1349,122 @@ class PackedQueue(Queue):
         if self._again:
             return self._take_again(limit)
         self.stalled = None
-        flags, desc, spans = self._flags, self._desc, self._spans
-        tables, direct, by_table = self._tables, self._direct, self._by_table
-        inflight = self._inflight
+        flags, inflight, chain_at = self._flags, self._inflight, self._chain_at
         position, size, room = self._next_avail, self.size, self.size - self.outstanding
         wanted = PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED
         taken: list[DescriptorChain] = []
-        append = taken.append
-        rejected = token = 0
-        refusal: _MalformedChain | None
-        content: bytes | None
+        rejected = 0
+        chain: DescriptorChain | None
         for _ in range(limit):
             value = flags[8 * position + 7]
             if (_swap16(value) if _SWAP else value) & PACKED_F_BOTH != wanted:
                 break
             if not STRONGLY_ORDERED:
                 self._fence()
-            key = bytes(desc[spans[position]])
-            refusal = content = None
-            if key in tables:
-                token, table = tables[key]
-                content = bytes(table)
-                chain = by_table.get(content)
-            else:
-                chain = direct.get(key)
-                if chain is not None:
-                    token = chain._token
-            if chain is None or chain._holder is not None:
-                # What is wrong ends the batch: those before it go first, so that they can be put back, and then it comes again.
-                try:
-                    chain, token = self._parse(position, key, content, token)
-                except _BrokenRing:
-                    if taken or rejected:
-                        break
-                    raise
-                except _MalformedChain as reason:
-                    if taken:
-                        break
-                    token, refusal = self._extent(position), reason
-                except IotlbMiss as miss:
-                    self.stalled = None if taken else miss
+            # What is wrong ends the batch: those before it go first, so that they can be put back, and then it comes again.
+            chain = refusal = None
+            try:
+                chain = chain_at(position)
+                token = chain._token
+            except _BrokenRing:
+                if taken or rejected:
                     break
+                raise
+            except _MalformedChain as reason:
+                if taken:
+                    break
+                token, refusal = self._extent(position), reason
+            except IotlbMiss as miss:
+                self.stalled = None if taken else miss
+                break
             count = token >> 16
             if count > room:
                 if taken or rejected:
                     break
-                raise _BrokenRing(f"{count} more descriptors are available, with {size - room} of {size} descriptors in flight")
+                raise self._too_many(count, room)
             room -= count
             if inflight:
                 inflight.note_taken(((token, b"".join(self._descriptors(position, count))),))
-            if refusal is not None:
-                self._reject(token, refusal)
-                rejected += 1
-            elif chain is not None:
-                chain._token = token
+            if chain is not None:
                 chain._holder = self
                 chain._read_at = chain._write_at = 0
-                append(chain)
+                taken.append(chain)
+            elif refusal is not None:
+                self._reject(token, refusal)
+                rejected += 1
             position += count
             if position >= size:
                 position -= size
                 wanted ^= PACKED_F_BOTH
+        self._advance(position, wanted, room)
+        self._hand_out(taken)
+        return taken
+
+    def _too_many(self, count: int, room: int) -> _BrokenRing:
+        return _BrokenRing(f"{count} more descriptors are available, with {self.size - room} of {self.size} descriptors in flight")
+
+    def _advance(self, position: int, wanted: int, room: int) -> None:
         self._next_avail = position
         self._avail_wrap = int(wanted == PACKED_F_AVAIL)
-        self.outstanding = size - room
-        self._hand_out(taken)
+        self.outstanding = self.size - room
         self._taken_again = False
-        return taken
+
+    def _take_flat(self, batch: RequestBatch, limit: int) -> bool:
+        self.stalled = None
+        requests = batch.requests
+        append, before = requests.append, len(requests)
+        ram, (start, end), (start2, end2) = self._flat
+        desc, ring_flags, indirect = self._desc, self._flags, self._indirect
+        unpack, header, status = batch._header.unpack_from, batch._header.size, batch._status
+        table_end, header_end, status_end = end - _THREE, end - header, end - status
+        table_end2, header_end2, status_end2 = end2 - _THREE, end2 - header, end2 - status
+        position, size, room = self._next_avail, self.size, self.size - self.outstanding
+        wanted = PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED
+        other = True
+        for _ in range(limit):
+            if ring_flags[8 * position + 7] & PACKED_F_BOTH != wanted:
+                other = False
+                break
+            if not STRONGLY_ORDERED:
+                self._fence()
+            address, length, identity, flags = _UNPACK_ONE(desc, position << 4)
+            if flags & ~PACKED_F_BOTH == DESC_F_INDIRECT:
+                if length != _THREE or not indirect or not (start <= address <= table_end or start2 <= address <= table_end2):
+                    break
+                first, size1, _, flags1, second, length, _, flags2, third, size3, _, flags3 = _UNPACK_THREE(ram, address)
+                count, follow, into = 1, 0, flags2 == DESC_F_WRITE
+            elif position <= size - 3:
+                first, size1, _, flags1, second, length, _, flags2, third, size3, identity, flags3 = _UNPACK_THREE(desc, position << 4)
+                flags1 &= ~PACKED_F_BOTH
+                flags2 &= ~PACKED_F_BOTH
+                flags3 &= ~PACKED_F_BOTH
+                count, follow, into = 3, DESC_F_NEXT, flags2 == _NEXT_WRITE
+            else:
+                break
+            if not (
+                size1 == header
+                and flags1 == follow
+                and (into or flags2 == follow)
+                and flags3 == DESC_F_WRITE
+                and size3 == status
+                and count <= room
+                and 0 < length < _MOST_DATA
+                and (start <= first <= header_end or start2 <= first <= header_end2)
+                and (start <= second <= end - length or start2 <= second <= end2 - length)
+                and (start <= third <= status_end or start2 <= third <= status_end2)
+            ):
+                break
+            append((count << 16 | identity, unpack(ram, first), first, into, second, length, third))
+            room -= count
+            position += count
+            if position >= size:
+                position -= size
+                wanted ^= PACKED_F_BOTH
+        else:
+            other = False
+        self._advance(position, wanted, room)
+        self.taken += len(requests) - before
+        return other
 
     def put_back(self, chains: Sequence[DescriptorChain]) -> None:
         if self._taken_again:
@@ -1306,32 +1494,54 @@ class PackedQueue(Queue):
         identity: int = _DESCRIPTOR.unpack(copies[-1])[2]
         return len(copies) << 16 | identity
 
-    def _parse(self, position: int, key: bytes, content: bytes | None, token: int) -> tuple[DescriptorChain, int]:
-        """The chain at `position`, and its token. `key`: what stood there, as many descriptors as the chain had last time; `content`: its
-        indirect table's bytes, where it is known to have one."""
-        if content is None:
-            whole = key if _is_one_chain(key) else b"".join(self._descriptors(position))
-            count = len(whole) // _DESCRIPTOR_SIZE
-            address, length, identity, flags = _DESCRIPTOR.unpack_from(whole, 16 * (count - 1))
-            token = count << 16 | identity
-            self._spans[position] = slice(16 * position, 16 * (position + count))  # a guess for the next time
-            if not flags & DESC_F_INDIRECT or count > 1:
-                return self._new_chain(token, whole, None, self._direct), token
-            if flags & DESC_F_NEXT:
-                raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
-            content = bytes(self._table(address, length, whole, token))
-        return self._new_chain(token, content, None, self._by_table), token
+    def _chain_at(self, position: int) -> DescriptorChain:
+        """The chain that begins at `position`. Raises _BrokenRing, _MalformedChain, IotlbMiss."""
+        descriptors = self._desc[self._spans[position]].tobytes()
+        chain = self._known.get(descriptors)
+        if chain is None or chain._holder is not None:
+            return self._parse(position, descriptors)
+        table = chain._table
+        if table is not None:
+            content = table.tobytes()
+            if content != chain._content:
+                chain._learn(descriptors, table, content, self._table_parts(content))
+        return chain
 
-    def _publish(self, batch: list[tuple[int, int]]) -> None:
+    def _parse(self, position: int, descriptors: bytes) -> DescriptorChain:
+        """The same, of one that is not known. `descriptors`: what stood there, as many as the chain had last time."""
+        if not _is_one_chain(descriptors):
+            descriptors = b"".join(self._descriptors(position))
+        count = len(descriptors) // _DESCRIPTOR_SIZE
+        address, length, identity, flags = _DESCRIPTOR.unpack_from(descriptors, 16 * (count - 1))
+        self._spans[position] = slice(16 * position, 16 * (position + count))  # a guess for the next time
+        chain = DescriptorChain(count << 16 | identity)
+        if not flags & DESC_F_INDIRECT or count > 1:
+            chain._learn(descriptors, None, b"", self._parts(descriptors, None))
+        elif flags & DESC_F_NEXT:
+            raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
+        else:
+            table = self._table(address, length)
+            content = table.tobytes()
+            chain._learn(descriptors, table, content, self._table_parts(content))
+        if len(self._known) >= 4 * self.size:
+            self._known.clear()
+        self._known[descriptors] = chain
+        return chain
+
+    def _parse_table(self, content: bytes) -> Parts:
+        return self._parts(content, None)
+
+    def _publish(self, batch: list[int]) -> None:
         words, size, position = self._words, self.size, self._next_used
-        count = sum([token >> 16 for token, _ in batch])
+        tokens, lengths = batch[::2], batch[1::2]
+        count = sum([token >> 16 for token in tokens])
         end, end_wrap = self._step(position, self._used_wrap, count)
-        entries = self._inflight.note_used((token for token, _ in batch), end | end_wrap << 15) if self._inflight else []
+        entries = self._inflight.note_used(tokens, end | end_wrap << 15) if self._inflight else []
         # Length, id and flags of a used descriptor are one aligned 64-bit store, and so seen as a whole; the first one's comes last: it
         # shows the batch.
         bits = PACKED_F_BOTH << 48 if self._used_wrap else 0
         first, first_value = 2 * position + 1, -1
-        for token, length in batch:
+        for token, length in zip(tokens, lengths):
             value = length | (token & 0xFFFF) << 32 | bits | (DESC_F_WRITE << 48 if length else 0)
             if _SWAP:
                 value = _swap64(value)
@@ -1400,6 +1610,7 @@ class VringT(Protocol):
     def enabled(self) -> bool: ...
     def __iter__(self) -> Iterator[DescriptorChain]: ...
     def batches(self) -> Iterator[list[DescriptorChain]]: ...
+    def requests(self, header: struct.Struct, status: int = 1) -> Iterator[RequestBatch]: ...
     def add_used(self, chain: DescriptorChain, length: int) -> None: ...
     def add_used_all(self, chains: Iterable[DescriptorChain]) -> None: ...
     def batch(self) -> ContextManager[None]: ...
@@ -1449,44 +1660,33 @@ class TurnLock:
     """A reentrant lock for workers that take it batch after batch (`acquire`), and for others who need it now and then (`with`).
 
     Python's locks are not fair: a busy worker that releases and takes again would keep everybody else out. So the others stand in a
-    gate while they wait, and a worker passes through that gate before each batch.
+    gate while they wait, and a worker waits there too as long as somebody does.
     """
 
     def __init__(self) -> None:
         self._gate = threading.Lock()
-        self._lock = threading.Lock()
-        self._owner = 0
-        self._depth = 0
+        self._waited_for = False  # by who stands in the gate
+        self._lock = threading.RLock()
+        self._is_mine: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # as threading.Condition asks it
+        self.release = self._lock.release
 
     def acquire(self, wait: bool = True) -> bool:
         """As the worker, or (with `wait` false) as anybody who can do without."""
-        me = threading.get_ident()
-        if self._owner != me:
-            if wait:
-                with self._gate:
-                    pass
-            if not self._lock.acquire(wait):
-                return False
-            self._owner = me
-        self._depth += 1
-        return True
-
-    def release(self) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._owner = 0
-            self._lock.release()
+        if self._waited_for and wait and not self._is_mine():
+            with self._gate:
+                pass
+        return self._lock.acquire(wait)
 
     def acquire_first(self, timeout: float) -> bool:
         """Before a worker's next batch. Returns whether the lock was had within `timeout` seconds (-1: waits without end)."""
-        me = threading.get_ident()
-        if self._owner != me:
-            with self._gate:
-                if not self._lock.acquire(timeout=timeout):
-                    return False
-            self._owner = me
-        self._depth += 1
-        return True
+        if self._is_mine():
+            return self._lock.acquire()
+        with self._gate:
+            self._waited_for = True
+            try:
+                return self._lock.acquire(timeout=timeout)
+            finally:
+                self._waited_for = False
 
     def __enter__(self) -> None:
         self.acquire_first(timeout=-1)
@@ -1502,24 +1702,48 @@ class _ReadersLock(TurnLock):
         super().__init__()
         self._readers = 0
         self._counting = threading.Lock()
+        self._nobody_reads = threading.Lock()  # held by who changes something, or by the readers
+        self._depth = 0
+        self.release = self._release
+
+    def acquire(self, wait: bool = True) -> bool:
+        return super().acquire(wait) and self._keep_readers_out(-1 if wait else 0)
+
+    def acquire_first(self, timeout: float) -> bool:
+        return super().acquire_first(timeout) and self._keep_readers_out(timeout)
+
+    def _keep_readers_out(self, timeout: float) -> bool:
+        if not self._depth and not self._nobody_reads.acquire(timeout != 0, timeout if timeout else -1):
+            self._lock.release()
+            return False
+        self._depth += 1
+        return True
+
+    def _release(self) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._nobody_reads.release()
+        self._lock.release()
 
     def acquire_shared(self) -> None:
-        if self._owner == threading.get_ident():
-            self._depth += 1
+        if self._is_mine():
+            self.acquire()
             return
         with self._gate, self._counting:
+            self._waited_for = True
             if not self._readers:
-                self._lock.acquire()
+                self._nobody_reads.acquire()
             self._readers += 1
+            self._waited_for = False
 
     def release_shared(self) -> None:
-        if self._owner == threading.get_ident():
+        if self._is_mine():
             self.release()
             return
         with self._counting:
             self._readers -= 1
             if not self._readers:
-                self._lock.release()
+                self._nobody_reads.release()
 
 
 class VringState:
@@ -1547,7 +1771,7 @@ class VringState:
         self.serves_disabled = False
         self.turn = self.TURN  # chains of one iteration and, nearly, of one drain: then others get at the ring, and the worker at its other rings
         self.wake: Callable[[], None] = lambda: None  # makes the ring's worker look at it
-        self.linger: Callable[[Callable[[], bool]], bool] = lambda ready: False  # polls for a while before the ring's worker would sleep
+        self.linger: Callable[[Callable[[], bool]], bool] | None = None  # polls for a while before the ring's worker would sleep
         self.notify: Callable[[str], object] | None = None  # in place of eventfds that are not there: sends VRING_CALL or VRING_ERR
         self._lock: NoLock | TurnLock = self._make_lock()
         self._memory = memory
@@ -1562,7 +1786,7 @@ class VringState:
         self._log_used_at: int | None = None
         self._ready = False
         self._queue: Queue | None = None
-        self._completed: list[tuple[int, int]] = []
+        self._completed: list[int] = []
         self._depth = 0
         self._chunk = 16  # chains that are taken, served and published together
         self._found = 0  # chains since the ring was last empty
@@ -1643,7 +1867,6 @@ class VringState:
             while budget > 0:
                 chains = self._take()
                 if not chains:
-                    self._learn()
                     break
                 budget -= len(chains)
                 self._found += len(chains)
@@ -1651,6 +1874,57 @@ class VringState:
                 self._flush()
         finally:
             self._leave()
+
+    def requests(self, header: struct.Struct, status: int = 1) -> Iterator[RequestBatch]:
+        """`batches` for devices whose requests mostly are a header, data and a status of that many bytes: see RequestBatch.
+
+        The fields of `header` are unpacked already."""
+        self._enter()
+        try:
+            budget = self.turn
+            batch = RequestBatch(header, status)
+            while budget > 0:
+                count = self._take_requests(batch)
+                if not count:
+                    break
+                budget -= count
+                self._found += count
+                try:
+                    yield batch
+                finally:
+                    self._completed += batch.done
+                self._flush()
+        finally:
+            self._leave()
+
+    def _take(self) -> list[DescriptorChain]:
+        queue = self._available()
+        try:
+            return queue.take(self._chunk) if queue else []
+        except _BrokenRing as reason:
+            self.fail(str(reason))
+            return []
+
+    def _take_requests(self, batch: RequestBatch) -> int:
+        """The same, put into the batch. Returns how many they are."""
+        batch.requests, batch.chains, batch.done = [], [], []
+        queue = self._available()
+        if queue:
+            try:
+                queue.take_requests(batch, self._chunk)
+            except _BrokenRing as reason:
+                self.fail(str(reason))
+        return len(batch.requests) + len(batch.chains)
+
+    def _available(self) -> Queue | None:
+        """The queue, if it has chains for the device."""
+        queue = self._queue
+        if queue is None or not self.active:
+            return None
+        if queue.available() or queue.stalled:
+            return queue
+        self._learn()
+        return None
 
     def _learn(self) -> None:
         """The ring is empty after `_found` chains: go half as far at a time as the driver mostly has waiting.
@@ -1673,16 +1947,6 @@ class VringState:
         self._mostly_waiting = mostly
         self._chunk = min(max(round(mostly / 2), self._LEAST_CHUNK), self._MOST_CHUNK)
 
-    def _take(self) -> list[DescriptorChain]:
-        queue = self._queue
-        if queue is None or not self.active:
-            return []
-        try:
-            return queue.take(self._chunk)
-        except _BrokenRing as reason:
-            self.fail(str(reason))
-            return []
-
     def add_used(self, chain: DescriptorChain, length: int) -> None:
         """The device is done with `chain`, and has written `length` bytes into it. From any thread, in any order.
 
@@ -1702,11 +1966,11 @@ class VringState:
                 if queue.in_order:
                     queue.complete_in_order(chain, length)
                 else:
-                    self._completed.append((chain._token, length))
+                    self._completed.extend((chain._token, length))
             finally:
                 self._lock.release()
         else:
-            self._completed.append((chain._token, length))
+            self._completed.extend((chain._token, length))
         if not self._depth:
             self._flush_late()
 
@@ -1717,11 +1981,11 @@ class VringState:
             for chain in chains:
                 self.add_used(chain, chain.writable_len)
             return
-        append = self._completed.append
+        extend = self._completed.extend
         for chain in chains:
             if chain._holder is queue:
                 chain._holder = None
-                append((chain._token, chain.writable_len))
+                extend((chain._token, chain.writable_len))
             else:
                 self.add_used(chain, chain.writable_len)
         if not self._depth:
@@ -1774,7 +2038,7 @@ class VringState:
                 declined = waiting and queue.taken == before  # the device leaves them where they are, until the next kick
                 if declined and armed:
                     return False
-                if declined or not (queue.available() or self.linger(self._has_work)):
+                if declined or not (queue.available() or (self.linger and self.linger(self._has_work))):
                     if not queue.enable_notification():
                         return False
                     armed = declined  # something came before that: look again, the last time if the device declines

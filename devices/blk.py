@@ -28,7 +28,7 @@ from pathlib import Path
 from devices.io_uring import FSYNC_DATASYNC, OP_FSYNC, OP_READ, OP_READV, OP_WRITE, OP_WRITEV, RWF_DSYNC, IoUring, address_of
 from guest_memory import GuestMemoryError, map_shared, truncation
 from vhost_user import Refused, VhostUserBackend, VringEpollHandler, VringT, run_device
-from vring import DescriptorChain
+from vring import DescriptorChain, FlatRequest, RequestBatch
 
 log = logging.getLogger("vhost_user")
 
@@ -111,7 +111,7 @@ class Image(ABC):
     can_discard  whether `discard` saves space
     read         fills the views from an offset, returns how many bytes were read; 0 only at the end of the image
     write        writes the views at an offset, returns how many bytes were written
-    copies_reads, copies_writes   whether these are copies within memory: nothing is gained by gathering several
+    copies_reads, copies_writes   whether these can be copies within memory: of `content`, and into it
     uring_fd     the file that io_uring shall transfer from and to; None: none
     read_cached  like `read`, of what is in the page cache; raises OSError rather than wait for the storage
     cached       whether writes go into the page cache, and seldom wait
@@ -129,6 +129,10 @@ class Image(ABC):
     @abstractmethod
     def size(self) -> int:
         """Bytes, as of now."""
+
+    def content(self) -> memoryview:
+        """All of it, with `copies_reads`. When `truncation.pages` has changed across a copy, that has to be done again by `read` or `write`."""
+        raise NotImplementedError
 
     def refresh(self) -> None:  # noqa: B027 - memory of our own stays as it is
         """Look at the storage again: it has another size."""
@@ -230,6 +234,13 @@ class FileImage(Image):
             except GuestMemoryError as error:  # or it was cut short just now
                 raise OSError(errno.EIO, str(error)) from error
 
+    def content(self) -> memoryview:
+        memory, pages = self._mapping
+        if truncation.pages != pages:  # something was cut short, maybe this file: the mapping may keep zeroes where there is data again
+            self.refresh()
+            memory, _ = self._mapping
+        return memory
+
     def _read_mapped(self, views: Views, offset: int) -> int:
         (memory, pages), position = self._mapping, offset
         try:
@@ -239,7 +250,7 @@ class FileImage(Image):
                 position = end
         except ValueError:  # beyond the mapping: the file has grown, or is shorter than it was
             return os.preadv(self.fd, views, offset)
-        if truncation.pages != pages:  # something was cut short, maybe this file: the mapping may keep zeroes where there is data again
+        if truncation.pages != pages:
             self.refresh()
             return os.preadv(self.fd, views, offset)
         return position - offset
@@ -367,6 +378,9 @@ class RamImage(Image):
     def size(self) -> int:
         return len(self._view)
 
+    def content(self) -> memoryview:
+        return self._view
+
     def _read(self, views: Views, offset: int) -> int:
         memory, position = self._view, offset
         for view in views:
@@ -467,15 +481,11 @@ class _Shape:
     __slots__ = ("header", "into", "into_len", "into_sectors", "out", "out_len", "out_sectors", "status")
 
     def __init__(self, chain: DescriptorChain) -> None:
+        readable, writable = chain.readable, chain.writable
         self.out_len = out = chain.readable_len - HEADER_BYTES
         self.into_len = into = chain.writable_len - 1
         self.out_sectors = NEVER if into or out % SECTOR else out // SECTOR
         self.into_sectors = NEVER if out or into % SECTOR else into // SECTOR
-        self.take_parts(chain)
-
-    def take_parts(self, chain: DescriptorChain) -> None:
-        """Of a chain with the same layout."""
-        readable, writable = chain.readable, chain.writable
         self.header: memoryview | None = readable[0]
         self.status = writable[-1]
         self.out: Views = readable[1:]
@@ -538,13 +548,58 @@ class SystemCalls:
 
     def __init__(self, disk: Blk) -> None:
         self._disk = disk
-        self.misses = False
-        """That way did not work for something in this batch: it is not tried for the rest."""
+        self._misses = False  # what is wanted at once is not to be had: it is not tried for the rest of the batch
 
     def at_once(self) -> tuple[Transfer | None, Transfer | None]:
         """How to read and to write without a run, if there is a way: it transfers less than asked for, or raises OSError, where a run is needed."""
         image = self._disk.image
-        return image.read, None if self._disk.durable_writes else image.write
+        return image.read, image.write if self._disk.writes_at_once else None
+
+    def do(self, batch: RequestBatch, requests: Sequence[FlatRequest], capacity: int) -> list[FlatRequest]:
+        """Do what can be done at once, neighbours by one transfer. Returns the requests for which that is no way."""
+        read, write = self.at_once()
+        ram = batch.ram
+        rest: list[FlatRequest] = []
+        run: list[FlatRequest] = []
+        views: list[memoryview] = []
+        transfer: Transfer | None = None
+        start = end = 0
+        for request in requests:
+            _, (kind, _, sector), _, into, at, length, _ = request
+            way = (read if kind == T_IN else None) if into else write if kind == T_OUT else None
+            offset = sector * SECTOR
+            if way is None or length % SECTOR or offset + length > capacity:
+                rest.append(request)
+                continue
+            if offset != end or way is not transfer or offset + length - start > MAX_RUN or len(views) == _IOV_MAX:
+                if run:
+                    self._finish(batch, run, end - start, transfer, views, start, rest)
+                    run, views = [], []
+                    if self._misses:
+                        read = write = None
+                transfer, start = way, offset
+            run.append(request)
+            views.append(ram[at : at + length])
+            end = offset + length
+        if run:
+            self._finish(batch, run, end - start, transfer, views, start, rest)
+        return rest
+
+    def _finish(
+        self, batch: RequestBatch, run: list[FlatRequest], length: int, transfer: Transfer | None, views: Views, start: int, rest: list[FlatRequest]
+    ) -> None:
+        try:
+            whole = transfer is not None and not self._misses and transfer(views, start) == length
+        except OSError:
+            whole = False
+        if not whole:
+            self._misses = True
+            rest += run
+            return
+        ram, done = batch.ram, batch.done
+        for token, _, _, into, _, length, status in run:
+            ram[status] = S_OK
+            done += (token, length + 1 if into else 1)
 
     def start(self, run: Run) -> None:
         """Have a run done; the disk's `settle` is called at its end."""
@@ -563,6 +618,7 @@ class SystemCalls:
 
     def submit(self) -> None:
         """All runs of a batch were started."""
+        self._misses = False
 
 
 class Uring(SystemCalls):
@@ -583,17 +639,17 @@ class Uring(SystemCalls):
 
     def at_once(self) -> tuple[Transfer | None, Transfer | None]:
         image = self._disk.image
-        return image.read_cached, image.write if image.cached and not self._disk.durable_writes else None
+        return image.read_cached, image.write if image.cached and self._disk.writes_at_once else None
 
     def start(self, run: Run) -> None:
-        if run.views:
+        if run.views and not self._misses:
             transfer = self.at_once()[run.kind == T_OUT]
-            if transfer and not self.misses:
+            if transfer:
                 with suppress(OSError):
                     if transfer(run.views[:_IOV_MAX], run.offset) == run.length:
                         self._disk.settle(run, run.length)
                         return
-                self.misses = True
+                self._misses = True
         self._prepare(run)
 
     def _prepare(self, run: Run) -> None:
@@ -614,7 +670,7 @@ class Uring(SystemCalls):
             prepare(OP_READV if run.kind == T_IN else OP_WRITEV, 0, ctypes.addressof(pairs), len(views), offset, flags, token)
 
     def submit(self) -> None:
-        self.misses = False
+        super().submit()
         if self._prepared:
             self._submit()
 
@@ -678,7 +734,6 @@ class Blk(VhostUserBackend):
         self.durable_writes = False  # a write is only done when it is durable
         self._transfers: dict[int, Uring] = {}  # by ring
         self._system_calls = SystemCalls(self)
-        self._gathers: set[int] = set()  # rings whose requests mostly go on where the one before ends
         self._negotiated: int | None = None  # of FLUSH and CONFIG_WCE
         self._resizing = threading.Lock()
         self.features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH | F_CONFIG_WCE | F_MQ
@@ -727,6 +782,11 @@ class Blk(VhostUserBackend):
         if flush_or_not != self._negotiated:
             self._negotiated = flush_or_not
             self._set_writeback(int(bool(features & F_FLUSH)))
+
+    @property
+    def writes_at_once(self) -> bool:
+        """Whether a write is done when the storage has taken it."""
+        return not (self.durable_writes or self.read_only)
 
     def _set_writeback(self, writeback: int) -> None:
         self.config.writeback = writeback
@@ -786,79 +846,79 @@ class Blk(VhostUserBackend):
     # Requests
 
     def process_queue(self, vring: VringT) -> None:
-        for batch in vring.batches():
-            done: list[DescriptorChain] = []
-            try:
-                self._serve(vring, batch, done)
-            finally:
-                vring.add_used_all(done)
-
-    def _serve(self, vring: VringT, batch: Sequence[DescriptorChain], done: list[DescriptorChain]) -> None:
-        """The requests of a batch: they are `done`, or will be completed by `settle`."""
         transfers = self._transfers.get(vring.index, self._system_calls)
-        read, write = transfers.at_once()
-        if vring.index in self._gathers:
-            read, write = (read if self.image.copies_reads else None), (write if self.image.copies_writes else None)
-        unpack, append = REQUEST_HEADER.unpack_from, done.append
+        for batch in vring.requests(REQUEST_HEADER):
+            rest = self._copy(batch) if self.image.copies_reads else batch.requests
+            if rest:
+                rest = transfers.do(batch, rest, self._capacity * SECTOR)
+            chains = [*batch.chains, *map(batch.chain, rest)]
+            if chains:
+                self._serve(vring, transfers, chains)
+            transfers.submit()
+
+    def _copy(self, batch: RequestBatch) -> list[FlatRequest]:
+        """Do what is a copy within memory. Returns all other requests."""
+        ram, image, done = batch.ram, self.image.content(), batch.done.append
+        pages, capacity = truncation.pages, self._capacity
+        writing = T_OUT if self.image.copies_writes and self.writes_at_once else None
+        rest: list[FlatRequest] = []
+        for request in batch.requests:
+            token, (kind, _, sector), _, into, at, length, status = request
+            offset = sector * SECTOR
+            if not length % SECTOR and sector <= capacity - length // SECTOR:
+                try:
+                    if into:
+                        if kind == T_IN:
+                            ram[at : at + length] = image[offset : offset + length]
+                            ram[status] = S_OK
+                            done(token)
+                            done(length + 1)
+                            continue
+                    elif kind == writing:
+                        image[offset : offset + length] = ram[at : at + length]
+                        ram[status] = S_OK
+                        done(token)
+                        done(1)
+                        continue
+                except ValueError:  # the image has grown, or is shorter than it was
+                    pass
+            rest.append(request)
+        if truncation.pages != pages:
+            batch.done.clear()
+            return batch.requests
+        return rest
+
+    def _serve(self, vring: VringT, transfers: SystemCalls, chains: Sequence[DescriptorChain]) -> None:
+        """Any requests: they are completed now, or by `settle`."""
         runs: list[Run] = []
-        end, neighbours = -1, 0
-        for chain in batch:
+        for chain in chains:
             shape = chain.memo
             if shape is None:
                 if chain.readable_len < HEADER_BYTES or not chain.writable_len:
                     self._refuse(chain)
-                    append(chain)
+                    vring.add_used(chain, chain.writable_len)
                     continue
-                shape = chain.layout_memo
-                if shape is None:
-                    shape = chain.layout_memo = _Shape(chain)
-                else:
-                    shape.take_parts(chain)
-                chain.memo = shape
-            kind, _, sector = unpack(shape.header or b"".join(chain.readable)[:HEADER_BYTES])
+                shape = chain.memo = _Shape(chain)
+            kind, _, sector = REQUEST_HEADER.unpack(shape.header or b"".join(chain.readable)[:HEADER_BYTES])
+            if kind == T_FLUSH:
+                runs.append(Run(vring, kind, 0, chain, shape, (), 0))
+                continue
             if kind == T_IN:
                 sectors, length, views = shape.into_sectors, shape.into_len, shape.into
-                transfer = read
             elif kind == T_OUT and not self.read_only:
                 sectors, length, views = shape.out_sectors, shape.out_len, shape.out
-                transfer = write
             else:
-                if kind == T_FLUSH:
-                    runs.append(Run(vring, kind, 0, chain, shape, (), 0))
-                else:
-                    shape.status[0] = self._other(kind, shape)
-                    append(chain)
-                continue
-            if sector > self._capacity - sectors:
-                shape.status[0] = S_IOERR
-                append(chain)
+                shape.status[0] = self._other(kind, shape)
+                vring.add_used(chain, chain.writable_len)
                 continue
             offset = sector * SECTOR
-            if transfer:
-                if offset == end:
-                    neighbours += 1
-                end = offset + length
-                try:
-                    whole = transfer(views, offset) == length
-                except OSError:
-                    whole = False
-                if whole:
-                    shape.status[0] = S_OK
-                    append(chain)
-                    continue
-                read = write = None  # mostly, the rest of the batch is not to be had either
-                transfers.misses = True
-            if runs and runs[-1].takes(kind, offset, chain, shape, views, length):
-                neighbours += 1
-            else:
+            if sector > self._capacity - sectors:
+                shape.status[0] = S_IOERR
+                vring.add_used(chain, chain.writable_len)
+            elif not runs or not runs[-1].takes(kind, offset, chain, shape, views, length):
                 runs.append(Run(vring, kind, offset, chain, shape, views, length))
         for run in runs:
             transfers.start(run)
-        transfers.submit()
-        if neighbours > 3:
-            self._gathers.add(vring.index)
-        else:
-            self._gathers.discard(vring.index)
 
     def settle(self, run: Run, done: int) -> None:
         """Complete the requests of a run, of whose bytes `done` were transferred; a negative error number: none that count."""

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from vhost_user import (
     PROTOCOL_FEATURES,
     REQUESTS,
     Frontend,
+    FrontendQueue,
     VhostUserBackend,
     VhostUserDaemon,
     VhostUserProtocolFeatures,
@@ -94,17 +96,24 @@ class FolderTest(unittest.TestCase):
                     self.fail(f"{child.args!r} does not listen: {child.stderr.read().decode() if child.poll() is not None else ''}")
 
 
-class Example(FolderTest):
-    """The device of the README."""
+class Examples(FolderTest):
+    """The devices of the README."""
 
-    def test_it_gives_random_bytes(self) -> None:
-        (source,) = blocks("python")
-        self.assertLessEqual(len(source.splitlines()), 20)
-        self.assertIn('"/tmp/rng.sock"', source)
+    @contextmanager
+    def example(self, name: str, most_lines: int) -> Iterator[Frontend]:
+        """The one that serves /tmp/NAME.sock, and a front-end that is connected to it."""
+        path = f"/tmp/{name}.sock"
+        [source] = [block for block in blocks("python") if f'"{path}"' in block]
+        self.assertLessEqual(len(source.splitlines()), most_lines)
         program = self.folder / "example.py"
-        program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + source.replace("/tmp/rng.sock", str(self.socket)), encoding="utf-8")
+        program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + source.replace(path, str(self.socket)), encoding="utf-8")
+        with self.running(sys.executable, str(program)) as child, self.connect(child) as frontend:
+            yield frontend
+
+    def test_rng(self) -> None:
+        """It gives random bytes."""
         for packed in (False, True):
-            with self.subTest(packed=packed), self.running(sys.executable, str(program)) as child, self.connect(child) as frontend:
+            with self.subTest(packed=packed), self.example("rng", 20) as frontend:
                 queue = frontend.setup(packed=packed)[0]
                 data = []
                 for _ in range(2):
@@ -113,6 +122,30 @@ class Example(FolderTest):
                     data.append(frontend.memory.read(frontend.arena[0], 100) + frontend.memory.read(frontend.arena[0] + 4096, 28))
                 self.assertNotEqual(data[0], data[1])
                 self.assertGreater(len(set(data[0])), 60)
+
+    def test_disk(self) -> None:
+        """It keeps what is written, and refuses what it cannot do."""
+        for packed in (False, True):
+            with self.subTest(packed=packed), self.example("disk", 40) as frontend:
+                [queue] = frontend.setup(packed=packed)
+                sectors = int.from_bytes(frontend.get_config(0, 8), "little")
+                for sector in (0, 100, sectors - 1):
+                    self.assertEqual(self.ask(frontend, queue, 1, sector, bytes([sector & 0xFF, 7]) * 256), (0, b""))
+                for sector in (0, 100, sectors - 1):
+                    self.assertEqual(self.ask(frontend, queue, 0, sector, length=512), (0, bytes([sector & 0xFF, 7]) * 256))
+                for kind, sector, data, length in ((0, sectors, b"", 512), (1, sectors - 1, bytes(1024), 0), (8, 0, b"", 20), (4, 0, b"", 0)):
+                    self.assertEqual(self.ask(frontend, queue, kind, sector, data, length)[0], 2)
+
+    def ask(self, frontend: Frontend, queue: FrontendQueue, kind: int, sector: int, data: bytes = b"", length: int = 0) -> tuple[int, bytes]:
+        """A disk's request: its status, and the data that came."""
+        at = frontend.arena[0]
+        frontend.memory.write(at, struct.pack("<IIQ", kind, 0, sector) + b"\xff")
+        frontend.memory.write(at + 4096, data)
+        buffers = [(at + 4096, len(data))] if data else []
+        into = [(at + 8192, length)] if length else []
+        queue.submit([(at, 16), *buffers], [*into, (at + 16, 1)], None)
+        self.assertEqual([token for token, _ in queue.wait()], [None])
+        return frontend.memory.read(at + 16, 1)[0], frontend.memory.read(at + 8192, length)
 
 
 class Commands(FolderTest):
