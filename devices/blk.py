@@ -370,6 +370,8 @@ class RamImage(Image):
         if size > sys.maxsize:
             raise OSError(errno.ENOMEM, f"a disk of {size} bytes does not fit memory")
         self._memory = mmap.mmap(-1, size, (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without them
+            self._memory.madvise(mmap.MADV_HUGEPAGE)  # random blocks seldom lie in pages that the processor has just looked up
         self._view = memoryview(self._memory)
         self.copies_reads = self.copies_writes = True
         self.read = self._read
