@@ -606,9 +606,11 @@ class DaemonTest(CoreTest):
             yield frontend
 
     @contextlib.contextmanager
-    def prepared(self, device: VhostUserBackend, features: int = -1, protocol_features: int = -1) -> Iterator[tuple[Frontend, Rig]]:
+    def prepared(
+        self, device: VhostUserBackend, features: int = -1, protocol_features: int = -1, vring: type[VringState] = VringMutex
+    ) -> Iterator[tuple[Frontend, Rig]]:
         """A front-end that has negotiated, and memory that is not shared yet."""
-        with self.serving(device) as served, served.connect() as frontend:
+        with self.serving(device, vring) as served, served.connect() as frontend:
             frontend.negotiate(features & ~(PACKED | IN_ORDER), protocol_features)
             yield frontend, Rig(frontend)
 
@@ -4480,6 +4482,33 @@ class RingStateTests(DaemonTest):
             self.stays(queue)
             frontend.request("SET_VRING_KICK", VringFd(0), [self.eventfd()])
             self.assertEqual(queue.wait(PATIENCE), [(b"ping", 4)])
+
+    def test_ring_that_stays_active_is_so_all_the_time(self) -> None:
+        """A worker that takes a kick while the ring is off leaves it: nobody would look again."""
+        seen: list[bool] = []
+
+        class Watched(VringMutex):
+            @property
+            def active(self) -> bool:
+                return self._active
+
+            @active.setter
+            def active(self, value: bool) -> None:
+                self._active = value
+                seen.append(value)
+
+        with self.prepared(Echo(), vring=Watched) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            queue = frontend.start_queue(0, driver)
+            self.echo(frontend, queue)
+            seen.clear()
+            frontend.request("SET_VRING_ENABLE", VringStatePayload(0, 1))
+            frontend.request("SET_VRING_ADDR", rig.addresses(0, driver))
+            frontend.request("SET_VRING_KICK", VringFd(0), [queue.kick_fd])
+            frontend.add_region(GuestRegionMmap.allocate(RAM + (1 << 30), PAGE))
+            self.assertEqual(set(seen), {True})
+            self.echo(frontend, queue)
 
     def test_disable_stops_serving_and_enable_resumes(self) -> None:
         """rules 1 and 5"""

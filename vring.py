@@ -2308,10 +2308,11 @@ class VringState:
             self._size = self.max_queue_size
 
     def _settle(self) -> None:
-        """Bring the queue and `active` in line with the switches. A ring that becomes active is looked at, kick or no kick."""
+        """Bring the queue and `active` in line with the switches. A ring that becomes active is looked at, kick or no kick; one that stays active is
+        so all the time, or a kick that its worker takes meanwhile would be lost."""
         was_active = self.active
-        self.active = False
         if self.started and self._ready and self._queue is None and self._info:
+            self.active = False  # nor later, if there can be no queue
             with suppress(IotlbMiss):  # an update of the IOTLB places it again
                 self._queue = self._make_queue(self._info)
                 self._completed = self._queue.completed
