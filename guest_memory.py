@@ -907,8 +907,8 @@ class DirtyLog:
         if length <= 0:
             return
         last = min((guest_addr + length - 1) // self.PAGE, 32 * len(self._words) - 1)
-        gathered = self._gathered
         with self._lock:
+            gathered = self._gathered  # not before: a commit takes it away
             for page in range(guest_addr // self.PAGE, last + 1):
                 # Bytes hold eight pages each in rising order, whatever the byte order of words is.
                 bit = page & 31 if sys.byteorder == "little" else page & 31 ^ 24

@@ -4849,6 +4849,29 @@ class DirtyLogTests(DaemonTest):
         dirty.commit()
         self.assertFalse(is_readable(announced), "nothing has changed")
 
+    def test_mark_while_another_thread_commits(self) -> None:
+        """It is in that commit or in the next one."""
+
+        class Lock:
+            """Just before it is taken, another thread was faster."""
+
+            def __enter__(self) -> None:
+                dirty._lock = real
+                dirty.commit()
+                real.acquire()
+
+            def __exit__(self, *_: object) -> None:
+                real.release()
+
+        log = memoryview(bytearray(64))
+        dirty = DirtyLog(log)
+        real = dirty._lock
+        dirty.mark(3 * 0x1000, 1)
+        dirty._lock = Lock()  # type: ignore[assignment]
+        dirty.mark(5 * 0x1000, 1)
+        dirty.commit()
+        self.assertEqual(self.logged(log), {3, 5})
+
 
 class MemoryChangeTests(DaemonTest):
     """Guest memory that comes late, changes and goes."""
