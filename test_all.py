@@ -5942,6 +5942,33 @@ class DeviceTests(DaemonTest):
                 self.echo(frontend, frontend.queues[0])
             self.assertEqual(len(device.heard), 1)
 
+    def test_listener_of_what_has_happened_already(self) -> None:
+        """Its edge comes while it is being registered, from another thread than the worker's: it is not lost."""
+
+        class Slow:
+            """The worker is faster than whoever registers."""
+
+            def register(self, *arguments: int) -> None:
+                epoll.register(*arguments)
+                wait_until(lambda: device.heard, "the listener to be called")
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(epoll, name)
+
+        device = Listening()
+        fd = self.eventfd(1)
+        with self.serving(device) as served:
+            [worker] = served.daemon.get_epoll_handlers()
+            epoll, worker._epoll = worker._epoll, Slow()
+            try:
+                worker.register_listener(fd, select.EPOLLIN | select.EPOLLET, 2)
+            finally:
+                worker._epoll = epoll
+            worker.unregister_listener(fd)
+            with self.assertRaises(OSError):
+                worker.register_listener(self.memfd(PAGE), select.EPOLLIN, 3)  # not to be polled
+            self.assertEqual(worker._listeners, {})
+
     def test_worker_hooks(self) -> None:
         """Each worker's thread says when it begins and ends; listeners are registered there."""
 

@@ -1542,8 +1542,16 @@ class VringEpollHandler:
         Raises ValueError when `data` is a ring's number here, OSError when the fd cannot be polled."""
         if data < len(self.vrings):
             raise ValueError(f"data {data} is the number of a ring of this worker: use {len(self.vrings)} or more")
-        self._epoll.register(fd, events)
-        self._listeners[fd] = data
+        before = self._listeners.get(fd)
+        self._listeners[fd] = data  # first: an edge that is there already comes at once, and once only
+        try:
+            self._epoll.register(fd, events)
+        except BaseException:
+            if before is None:
+                del self._listeners[fd]
+            else:  # it is registered already
+                self._listeners[fd] = before
+            raise
 
     def unregister_listener(self, fd: int, events: int = 0, data: int = 0) -> None:
         """Undo `register_listener`. Raises ValueError when it isn't registered."""
