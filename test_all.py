@@ -6007,15 +6007,36 @@ class DeviceTests(DaemonTest):
         self.assertEqual(sorted(device.told("ends")), [(0,), (1,)])
         self.expect_log("worker_started of the device failed")
 
+    def test_listener_that_goes_while_its_event_comes(self) -> None:
+        """Another thread unregisters it between the worker's two looks; the worker lives."""
+
+        class Vanishing(dict[int, int]):
+            def __contains__(self, fd: object) -> bool:
+                return self.pop(fd, None) is not None
+
+        device, fd = Listening(), self.eventfd()
+        with self.serving(device) as served, served.connect() as frontend:
+            [worker] = served.daemon.get_epoll_handlers()
+            worker._listeners = Vanishing()
+            worker.register_listener(fd, select.EPOLLIN | select.EPOLLET, 7)
+            os.eventfd_write(fd, 1)
+            wait_until(lambda: not worker._listeners, "the listener to go")
+            frontend.setup(memory=1 << 20, size=16)
+            self.echo(frontend, frontend.queues[0])
+            self.assertEqual(device.heard, [])
+
     def test_listener_that_raises_is_removed(self) -> None:
-        """It would be called for ever; the worker lives."""
+        """It would be called for ever; the worker lives. When the log says so, it is removed."""
         device = Listening()
         device.fails = True
         fd = self.eventfd(1)
         with self.serving(device) as served:
             [worker] = served.daemon.get_epoll_handlers()
-            worker.register_listener(fd, select.EPOLLIN, 7)
-            self.expect_log("listener 7 .* removed")
+            emit, registered = self._log.emit, []
+            with mock.patch.object(self._log, "emit", lambda record: (registered.append(fd in worker._listeners), emit(record))):
+                worker.register_listener(fd, select.EPOLLIN, 7)
+                self.expect_log("listener 7 .* removed")
+            self.assertEqual(registered, [False])
             with self.raises(ValueError, "no registered listener"):
                 worker.unregister_listener(fd)
             with served.connect() as frontend:

@@ -1669,7 +1669,9 @@ class VringEpollHandler:
             self._pending.add(position)
 
     def _listen(self, fd: int, evset: int) -> None:
-        data = self._listeners[fd]
+        data = self._listeners.get(fd)
+        if data is None:
+            return  # another thread has unregistered it just now
         try:
             self._calls.acquire()
             try:
@@ -1677,9 +1679,9 @@ class VringEpollHandler:
             finally:
                 self._calls.release()
         except Exception:
-            log.exception("listener %d (file descriptor %d): the device failed; the listener is removed", data, fd)
             with suppress(ValueError, OSError):
                 self.unregister_listener(fd)
+            log.exception("listener %d (file descriptor %d): the device failed; the listener is removed", data, fd)
 
     def _look_at_polled(self) -> float:
         """Serve the rings that have no kick eventfd. Returns how long to wait until the next look: nothing, after there was something."""
