@@ -5727,6 +5727,24 @@ class DeviceTests(DaemonTest):
             self.expect_log("disconnected of the device failed")
             self.expect_log("ring_stopped of the device failed")
 
+    def test_nobody_is_served_before_the_device_has_started(self) -> None:
+        path = f"{self.folder()}/sock"
+
+        class Starts(VhostUserBackend):
+            answered = True
+
+            def started(self, reload: Callable[[], None]) -> None:
+                self.peer = Peer(path, protocol_features=0)
+                self.peer.send(1)
+                self.answered = is_readable(self.peer.socket, MOMENT)
+
+        device = Starts()
+        with VhostUserDaemon("test", device) as daemon:
+            daemon.start(path)
+            self.assertFalse(device.answered)
+            with device.peer:
+                self.assertEqual(device.peer.answer()[:2], (1, 5))
+
     def test_exception_when_a_front_end_connects_ends_the_connection(self) -> None:
         class Bad(Echo):
             def connected(self) -> None:

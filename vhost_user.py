@@ -1399,8 +1399,9 @@ class VhostUserBackend:
     # What happened
 
     def started(self, reload: Callable[[], None]) -> None:
-        """The daemon has started. `reload`, from any thread: have the device's `reload` called, in each process that serves it. Threads of the
-        device's own begin here: with worker processes, those that were there before are in none of them."""
+        """The daemon starts; whoever connects is served when this has returned. `reload`, from any thread: have the device's `reload` called, in
+        each process that serves it. Threads of the device's own begin here: with worker processes, those that were there before are in none of
+        them."""
 
     def worker_started(self, worker: VringEpollHandler) -> None:
         """A worker is about to serve `worker.vrings`; called in its thread. Here is where listeners are registered."""
@@ -2986,10 +2987,10 @@ class VhostUserDaemon:
             self._nursery = _Nursery(self._work, ours)
         else:
             self._start_workers()
-        self._thread = threading.Thread(target=self._run, args=(control,), name=f"{self.name}-control", daemon=True)
-        self._thread.start()
         if not self.withheld:
             self._tell_started()
+        self._thread = threading.Thread(target=self._run, args=(control,), name=f"{self.name}-control", daemon=True)
+        self._thread.start()
 
     def _tell_started(self) -> None:
         try:
