@@ -774,6 +774,7 @@ class Blk(VhostUserBackend):
         if self._watch and isinstance(self.image, FileImage):
             try:
                 SizeWatch(self.image.path, reload)
+                reload()  # it may have grown before it was watched
             except OSError as error:  # no inotify left, say
                 log.warning("%s is not watched for growth, SIGHUP still works: %s", self.image.path, error)
 

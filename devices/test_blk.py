@@ -1017,10 +1017,16 @@ class Resize(DeviceTest):
         self.assertEqual((image.copies_reads, image.copies_writes), (True, blk._in_memory(image.fd)))
 
     def test_watch(self) -> None:
-        """The driver is told without anybody's asking; the watch ends when the file has gone."""
-        with self.disk("file", content_of(8)) as disk:
-            assert isinstance(disk.image, FileImage)
-            SizeWatch(disk.path, disk.daemon.reload)
+        """The driver is told without anybody's asking; the watch ends when the file has gone. What comes before it begins is seen as well."""
+        arm, before = SizeWatch._arm, [16 * SECTOR]
+
+        def grow_and_arm(watch: SizeWatch) -> None:
+            if before:
+                os.truncate(watch._path, before.pop())
+            arm(watch)
+
+        with mock.patch.object(SizeWatch, "_arm", grow_and_arm), self.disk("file", content_of(8), watch=True) as disk:
+            self.assertEqual(disk.frontend.get_config(0, 8), struct.pack("<Q", 16))
             os.truncate(disk.path, 32 * SECTOR)
             self.assertEqual(self.told(disk), 32)
             self.assertEqual(disk.read(8, 24 * SECTOR), bytes(24 * SECTOR))
