@@ -1351,16 +1351,17 @@ class Program(DeviceTest):
         return child
 
     @contextlib.contextmanager
-    def serving(self, *words: str) -> Iterator[tuple[subprocess.Popen[str], Frontend, FrontendQueue]]:
-        """The program, a front-end and its queue."""
+    def serving(self, *words: str, complaint: str = "") -> Iterator[tuple[subprocess.Popen[str], Frontend, FrontendQueue]]:
+        """The program, a front-end and its queue. In the end it has written nothing, or to stderr what is the pattern of a complaint."""
         path = os.path.join(self.folder, f"program-{time.monotonic_ns()}")
         child = self.start("--socket-path", path, *words)
         with Frontend.connect(path) as frontend:
             (queue,) = frontend.setup(features=EVERYTHING, memory=8 * MIB)
             yield child, frontend, queue
         child.send_signal(signal.SIGTERM)
-        output = child.communicate(timeout=PATIENCE)
-        self.assertEqual((child.returncode, *output), (0, "", ""))
+        output, errors = child.communicate(timeout=PATIENCE)
+        self.assertEqual((child.returncode, output), (0, ""), errors)
+        self.assertRegex(errors, rf"\A({complaint})?\Z")
 
     def one(self, frontend: Frontend, queue: FrontendQueue, kind: int, sector: int, into: int) -> bytes:
         parts = Parts(frontend, frontend.arena[0], [struct.pack("<IIQ", kind, 0, sector)], [into, 1])
@@ -1413,11 +1414,13 @@ class Program(DeviceTest):
         self.assertEqual(json.loads(output), {"type": "block", "features": ["read-only", "blk-file"]})
 
     def test_aio_serial_and_sighup(self) -> None:
-        """How the file is read; its serial number; a growth that SIGHUP tells of. The file has no name any more, so that no watch tells of it."""
+        """How the file is read; its serial number; a growth that SIGHUP tells of. The file has no name any more, so that no watch tells of it: that
+        ends, if the program runs for another second."""
         for kind in FILES:
             for aio in "sync", "mmap", "auto":
                 path = self.path(kind, content_of(64))
-                with self.subTest(image=kind, aio=aio), self.serving("--blk-file", path, "--aio", aio, "--serial", "S1") as (child, frontend, queue):
+                words, complaint = ("--blk-file", path, "--aio", aio, "--serial", "S1"), ".* is no longer watched: .*\n"
+                with self.subTest(image=kind, aio=aio), self.serving(*words, complaint=complaint) as (child, frontend, queue):
                     mapped = aio == "mmap" or (aio == "auto" and kind == "mapped")
                     self.assertEqual(path in Path(f"/proc/{child.pid}/maps").read_text(), mapped)
                     self.assertEqual(self.one(frontend, queue, IN, 3, SECTOR), content_of(64)[3 * SECTOR : 4 * SECTOR])
