@@ -1217,6 +1217,13 @@ class Storage(DeviceTest):
                 sector = 504 - 8 * ((parts.start - area) // 8192)
                 self.assertEqual(parts.result(), content_of(512)[sector * SECTOR : (sector + 8) * SECTOR] + bytes([OK]))
 
+    def begun(self, disk: Disk, index: int = 0) -> blk.Uring:
+        """The transfers of a ring. Its worker may be slower to begin than a front-end is to connect."""
+        deadline = time.monotonic() + PATIENCE
+        while index not in disk.blk._transfers and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return disk.blk._transfers[index]
+
     @needs_uring
     def test_transfers_that_take_their_time(self) -> None:
         """They come later, in any order, and are waited for when the ring stops, the front-end leaves, or the program ends."""
@@ -1234,7 +1241,7 @@ class Storage(DeviceTest):
                 ours = os.open(pipe, os.O_RDWR)
                 self.addCleanup(os.close, ours)
                 with self.disk("uring", content_of(64), image=functools.partial(Elsewhere, fd=ours)) as disk:
-                    ring = disk.blk._transfers[0]._ring
+                    ring = self.begun(disk)._ring
                     parts = disk.chain([struct.pack("<IIQ", IN, 0, 0)], [SECTOR, 1])
                     disk.queues[0].publish()
                     disk.queues[0].kick()
@@ -1255,6 +1262,7 @@ class Storage(DeviceTest):
     def test_io_uring_that_is_taken_away(self) -> None:
         """The disk goes on by system calls."""
         with self.disk("uring", content_of(64)) as disk:
+            self.begun(disk)
             with mock.patch.object(IoUring, "_call", side_effect=OSError(errno.EPERM, "a filter")):
                 for number in range(3):
                     disk.chain([struct.pack("<IIQ", IN, 0, 10 * number)], [SECTOR, 1], at=disk.frontend.arena[0] + 4096 * number)
