@@ -801,7 +801,7 @@ class Blk(VhostUserBackend):
 
     def disconnected(self) -> None:
         super().disconnected()
-        for index, transfers in self._transfers.items():
+        for index, transfers in tuple(self._transfers.items()):  # a worker may only just begin
             transfers.wait(index)  # a late one must not meet those of the next front-end
         # The cache mode stays until a reset: a front-end that comes back, for a driver that does not notice, does not say it again.
 

@@ -1259,6 +1259,17 @@ class Storage(DeviceTest):
                         self.assertEqual(parts.result(), b"x" * SECTOR + bytes([OK]))
 
     @needs_uring
+    def test_front_end_that_leaves_while_a_worker_begins(self) -> None:
+        with self.disk("uring", content_of(64), num_queues=2, threads=2) as disk:
+            for worker in disk.daemon.get_epoll_handlers():
+                self.begun(disk, worker.vrings[0].index)
+            transfers = disk.blk._transfers
+            late = transfers.pop(1)
+            with mock.patch.object(transfers[0], "wait", side_effect=lambda index: transfers.setdefault(1, late)) as waited:
+                disk.close()
+            self.assertEqual(waited.call_count, 1)
+
+    @needs_uring
     def test_io_uring_that_is_taken_away(self) -> None:
         """The disk goes on by system calls."""
         with self.disk("uring", content_of(64)) as disk:
