@@ -4117,11 +4117,12 @@ class EachRequestTests(WireTest):
         for end in start, reset, leave, shut_down:
             with self.subTest(end.__name__), self.saving(Whole()) as (served, frontend, fd):
                 end(served, frontend)
+                # Before anything is read: or all of it might be, until the daemon comes to see the end.
+                wait_until(lambda: not any(thread.name == "save_state" for thread in threading.enumerate()), "the thread to end")
                 state = b""
                 while piece := os.read(fd, 65536):  # there is an end
                     state += piece
                 self.assertLess(len(state), 1 << 20)
-                wait_until(lambda: not any(thread.name == "save_state" for thread in threading.enumerate()), "the thread to end")
         self.expect_log("save_state of the device failed: the transfer was given up")
 
     def test_device_state_of_another_connection(self) -> None:
