@@ -614,6 +614,16 @@ class DaemonTest(CoreTest):
             frontend.negotiate(features & ~(PACKED | IN_ORDER), protocol_features)
             yield frontend, Rig(frontend)
 
+    def rests(self, worker: vhost_user.VringEpollHandler) -> None:
+        """Wait until the worker has seen to all that came before, and sleeps."""
+        rounds: list[float | None] = []
+        look = worker._next_events
+        with mock.patch.object(worker, "_next_events", lambda timeout: (rounds.append(timeout), look(timeout))[1]):
+            for _ in range(3):  # one may have begun before this, and one may be of events that were come across before
+                before = len(rounds)
+                worker._wake.set()
+                wait_until(lambda: len(rounds) > before and rounds[-1] is None, "the worker to sleep")  # noqa: B023 - called here
+
     def stays(self, queue: FrontendQueue) -> None:
         """Nothing is used for a moment. (A late notification of what was used before may come.)"""
         deadline = time.monotonic() + MOMENT
@@ -4710,6 +4720,34 @@ class PollingTests(DaemonTest):
                     queue.driver.add([(at, 4)], [(at + size // 2, 4)], "unkicked")
                     self.assertFalse(queue.driver.publish())
                     self.assertEqual(queue.wait(PATIENCE), [("unkicked", 4)])
+
+    def test_kick_and_wake_up_at_once_are_one_look(self) -> None:
+        """And the ring itself is none of the others that have more, for which it would not be polled."""
+
+        class Held(Echo):
+            held = False
+
+            def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+                looks.append(set(worker._pending))
+                if self.held:
+                    self.held = False
+                    go.wait(PATIENCE)
+                return super().handle_event(device_event, evset, vrings, thread_id)
+
+        device, go, looks = Held(), threading.Event(), []
+        with self.serving(device) as served, served.connect() as frontend:
+            [worker] = served.daemon.get_epoll_handlers()
+            [queue] = frontend.setup(memory=4 << 20, size=64)
+            self.rests(worker)
+            device.held = True
+            worker.vrings[0].wake()
+            wait_until(lambda: not device.held, "the worker to look")
+            looks.clear()
+            queue.kick()
+            worker.vrings[0].wake()
+            go.set()
+            self.rests(worker)
+            self.assertEqual(looks, [set()])
 
     def test_everything_else_goes_on_meanwhile(self) -> None:
         """Another ring, a listener, messages, completions from elsewhere, and the end."""

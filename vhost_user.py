@@ -1618,7 +1618,6 @@ class VringEpollHandler:
                     return
             if self._pending:
                 for position in tuple(self._pending):
-                    self._pending.discard(position)
                     self._serve(position, select.EPOLLIN)
             timeout = 0 if self._pending else self._look_at_polled() if self._polled else None
 
@@ -1654,6 +1653,7 @@ class VringEpollHandler:
 
     def _serve(self, position: int, evset: int) -> None:
         vring = self.vrings[position]
+        self._pending.discard(position)  # this is that look
         if not vring.active:
             return  # the ring is looked at when it becomes active
         try:
