@@ -4602,13 +4602,14 @@ class RingStateTests(DaemonTest):
     def test_get_vring_base_waits_for_what_is_in_flight(self) -> None:
         """rule 6: and nothing is taken any more."""
         device = Later()
-        with self.connected(device, 2) as frontend:
-            queue, other = frontend.queues
+        with self.serving(device) as served, served.connect() as frontend:
+            queue, other = frontend.setup(2, memory=4 << 20, size=64)
             base = frontend.arena[0]
             for n in range(3):
                 queue.submit([], [(base + 64 * n, 4)], n)
             device.holds(3)
             frontend.connection.send(11, 0, pair(0, 0))
+            wait_until(lambda: served.daemon.vrings[0]._idle, "the control thread to wait for them")
             self.assertFalse(is_readable(frontend.connection.socket, MOMENT))
             queue.submit([], [(base, 4)], "too late")
             queue.kick()
