@@ -597,6 +597,7 @@ class DaemonTest(CoreTest):
                 self.workers = ()
                 served.daemon.shutdown()
                 served.wait()
+                del served.daemon  # what it has open goes with it, whoever still has `served`
             self.assertEqual(os.listdir(folder), [], "the socket is left over")
 
     @contextlib.contextmanager
@@ -3198,6 +3199,7 @@ class WireTest(DaemonTest):
     def served(self, device: VhostUserBackend | None = None) -> Iterator[Served]:
         """A daemon, whose open descriptors are known while nobody is connected."""
         with self.serving(device or Echo()) as served:
+            gc.collect()  # those of a daemon before it go now, or who knows when
             self.idle = open_fds().keys()
             yield served
 
