@@ -2528,12 +2528,16 @@ class RecoveryTests(CoreTest):
         tracker = PackedInflight if features & PACKED else SplitInflight
         region = GuestMemoryMmap.from_ranges([(0, tracker.bytes_for(self.SIZE))]).view(0, tracker.bytes_for(self.SIZE))
         waiting: dict[int, int] = {}  # number -> where its answer goes
-        number, deadline = 0, time.monotonic() + PATIENCE
+        number, serving = 0, self.eventfd()
         for life in range(self.KILLS + 1):
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(serving)
             child = os.fork()
             if not child:
-                self.device(memory, areas, features, region, random_.random())
-            end = time.monotonic() + random_.uniform(0, 0.005) if life < self.KILLS else deadline
+                self.device(memory, areas, features, region, random_.random(), serving)
+            if random_.random() < 0.5:  # or else it may die before it serves anything, on a slow machine each time
+                self.assertTrue(is_readable(serving, PATIENCE), "it does not begin to serve")
+            end = time.monotonic() + (random_.uniform(0, 0.005) if life < self.KILLS else PATIENCE)
             while time.monotonic() < end and (life < self.KILLS or waiting):
                 while life < self.KILLS and driver.free >= 3:
                     slot = next(at for at in range(RAM + 48 * PAGE, RAM + 64 * PAGE, self.SLOT) if at not in waiting.values())
@@ -2552,8 +2556,10 @@ class RecoveryTests(CoreTest):
         self.assertEqual(waiting, {}, "lost")
         self.assertGreater(number, self.SIZE)
 
-    def device(self, memory: GuestMemoryMmap, areas: tuple[int, int, int], features: int, region: memoryview, seed: float) -> None:
-        """One life, in the child: completes some at once, others later and in any order. Never returns."""
+    def device(
+        self, memory: GuestMemoryMmap, areas: tuple[int, int, int], features: int, region: memoryview, seed: float, serving: int
+    ) -> None:
+        """One life, in the child: completes some at once, others later and in any order; tells when it begins to. Never returns."""
         try:
             random_ = random.Random(seed)
             vring = VringMutex(GuestMemoryAtomic(memory), self.SIZE)
@@ -2571,6 +2577,7 @@ class RecoveryTests(CoreTest):
                     if random_.random() < 0.1:
                         break  # the rest of the batch is put back
 
+            os.eventfd_write(serving, 1)
             while True:
                 vring.drain(process)
                 random_.shuffle(held)
