@@ -2535,23 +2535,25 @@ class RecoveryTests(CoreTest):
             child = os.fork()
             if not child:
                 self.device(memory, areas, features, region, random_.random(), serving)
-            if random_.random() < 0.5:  # or else it may die before it serves anything, on a slow machine each time
-                self.assertTrue(is_readable(serving, PATIENCE), "it does not begin to serve")
-            end = time.monotonic() + (random_.uniform(0, 0.005) if life < self.KILLS else PATIENCE)
-            while time.monotonic() < end and (life < self.KILLS or waiting):
-                while life < self.KILLS and driver.free >= 3:
-                    slot = next(at for at in range(RAM + 48 * PAGE, RAM + 64 * PAGE, self.SLOT) if at not in waiting.values())
-                    memory.write(slot, struct.pack("<QQ", number, 0))
-                    driver.add([(slot, 4), (slot + 4, 4)], [(slot + 8, 8)], number)
-                    waiting[number] = slot
-                    number += 1
-                    driver.publish()
-                for token, _ in driver.used():
-                    assert isinstance(token, int)
-                    self.assertIn(token, waiting, "completed twice")
-                    self.assertEqual(memory.read(waiting.pop(token) + 8, 8), struct.pack("<Q", token ^ 0xFFFF))
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
+            try:
+                if random_.random() < 0.5:  # or else it may die before it serves anything, on a slow machine each time
+                    self.assertTrue(is_readable(serving, PATIENCE), "it does not begin to serve")
+                end = time.monotonic() + (random_.uniform(0, 0.005) if life < self.KILLS else PATIENCE)
+                while time.monotonic() < end and (life < self.KILLS or waiting):
+                    while life < self.KILLS and driver.free >= 3:
+                        slot = next(at for at in range(RAM + 48 * PAGE, RAM + 64 * PAGE, self.SLOT) if at not in waiting.values())
+                        memory.write(slot, struct.pack("<QQ", number, 0))
+                        driver.add([(slot, 4), (slot + 4, 4)], [(slot + 8, 8)], number)
+                        waiting[number] = slot
+                        number += 1
+                        driver.publish()
+                    for token, _ in driver.used():
+                        assert isinstance(token, int)
+                        self.assertIn(token, waiting, "completed twice")
+                        self.assertEqual(memory.read(waiting.pop(token) + 8, 8), struct.pack("<Q", token ^ 0xFFFF))
+            finally:
+                os.kill(child, signal.SIGKILL)
+                _, status = os.waitpid(child, 0)
             self.assertTrue(os.WIFSIGNALED(status), "the device failed")
         self.assertEqual(waiting, {}, "lost")
         self.assertGreater(number, self.SIZE)
