@@ -326,7 +326,7 @@ class CoreTest(unittest.TestCase):
         """Something that matches was logged, or will be at once; just `times` times, if given."""
         self._expected.append(pattern)
         try:
-            wait_until(lambda: any(re.search(pattern, line) for line in self._log.lines), f"the log to say {pattern!r}", 3.0)
+            wait_until(lambda: any(re.search(pattern, line) for line in self._log.lines), f"the log to say {pattern!r}")
         except AssertionError as error:
             raise AssertionError(f"{error}; it says {self._log.lines}") from None
         if times is not None:
@@ -767,7 +767,7 @@ class Peer:
         number = name if isinstance(name, int) else REQUESTS[name].number
         try:
             self.send(number, payload, flags, fds)
-        except BrokenPipeError:
+        except ConnectionError:
             if expect != self.CLOSED:
                 raise
         if expect is None:
@@ -3312,7 +3312,7 @@ class MalformedMessageTests(WireTest):
 
     def test_descriptors_by_the_header_in_pieces(self) -> None:
         """Twelve bytes with 32 each are no way around."""
-        with self.served() as served, self.rejected(served, "file descriptors") as peer, contextlib.suppress(BrokenPipeError):
+        with self.served() as served, self.rejected(served, "file descriptors") as peer, contextlib.suppress(ConnectionError):
             for byte in struct.pack("=III", 5, 9, 40):
                 peer.raw(bytes([byte]), [self.memory_fd] * 32)
             peer.raw(EXAMPLES["SET_MEM_TABLE"])
@@ -3415,7 +3415,7 @@ class MalformedMessageTests(WireTest):
         """Nothing of that harms the daemon."""
         with self.served(Whole()) as served, self.seeded() as rng:
             for _ in range(150):
-                with served.peer() as peer, contextlib.suppress(BrokenPipeError):
+                with served.peer() as peer, contextlib.suppress(ConnectionError):
                     for _ in range(rng.randrange(1, 6)):
                         name = rng.choice(list(REQUESTS))
                         payload = bytearray(EXAMPLES[name])
@@ -7260,9 +7260,12 @@ class ProgramTests(DaemonTest):
                     time.sleep(0.5)  # what ends the work above
                     pids = self.family(child.pid)
                     self.assertEqual(len(pids), 1 if processes == "1" else 4)
-                    before = self.idle_wakeups(pids)
-                    time.sleep(2.5)  # more than twice the period of what looks once a second
-                    self.assertEqual(self.idle_wakeups(pids), before)
+                    for patience in 2, 1, 0:  # that end may take longer; what wakes up again and again would do so each time
+                        before = self.idle_wakeups(pids)
+                        time.sleep(2.5)  # more than twice the period of what looks once a second
+                        if self.idle_wakeups(pids) == before:
+                            break
+                        self.assertTrue(patience, "it wakes up")
                 self.ends(child)
 
     def test_worker_processes_end_with_the_program(self) -> None:
