@@ -843,7 +843,8 @@ class InFlight(DeviceTest):
         for number, (kind, sector, out, into) in enumerate(requests):
             pieces = [struct.pack("<IIQ", kind, 0, sector), *([out] if out else [])]
             all_parts.append(disk.chain(pieces, [*([into] if into else []), 1], at=area + 65536 * number))
-        disk.daemon.vrings[0]._chunk = len(requests)
+        with disk.daemon.vrings[0].get_mut() as ring:  # whose worker may still be learning from the batch before
+            ring._chunk = len(requests)
         disk.collect(len(requests))
         return [(found[-1], found[:-1]) for found in (parts.result() for parts in all_parts)]
 
