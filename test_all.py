@@ -308,7 +308,7 @@ class CoreTest(unittest.TestCase):
             logger.level, logger.propagate = before
             with contextlib.suppress(AssertionError):
                 wait_for = (fds, mappings, threads)
-                deadline = time.monotonic() + 2
+                deadline = time.monotonic() + PATIENCE
                 while (open_fds(), len(shared_mappings()), set(threading.enumerate())) != wait_for and time.monotonic() < deadline:
                     gc.collect()
                     time.sleep(0.005)
@@ -1089,7 +1089,7 @@ class OrderTests(CoreTest):
                 fence()
             return (time.perf_counter() - start) / 2000
 
-        self.assertLess(min(cost() for _ in range(10)), 5e-6, "seconds for a fence")
+        wait_until(lambda: cost() < 5e-6, "a fence to take less than 5 µs, when nothing else takes the CPU")
 
     def test_fence_is_a_release_and_then_an_acquire(self) -> None:
         """Its argument stands on these two, in this order; on x86-64 nothing else would show that they are gone."""

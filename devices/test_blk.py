@@ -241,7 +241,7 @@ class DeviceTest(unittest.TestCase):
         def check() -> None:
             logger.removeHandler(self.log)
             logger.level, logger.propagate = before
-            deadline = time.monotonic() + 3
+            deadline = time.monotonic() + PATIENCE
             while leftovers() != then and time.monotonic() < deadline:
                 time.sleep(0.01)
             now = leftovers()
