@@ -2558,9 +2558,7 @@ class RecoveryTests(CoreTest):
         self.assertEqual(waiting, {}, "lost")
         self.assertGreater(number, self.SIZE)
 
-    def device(
-        self, memory: GuestMemoryMmap, areas: tuple[int, int, int], features: int, region: memoryview, seed: float, serving: int
-    ) -> None:
+    def device(self, memory: GuestMemoryMmap, areas: tuple[int, int, int], features: int, region: memoryview, seed: float, serving: int) -> None:
         """One life, in the child: completes some at once, others later and in any order; tells when it begins to. Never returns."""
         try:
             random_ = random.Random(seed)
@@ -4772,6 +4770,34 @@ class PollingTests(DaemonTest):
             go.set()
             self.rests(worker)
             self.assertEqual(looks, [set()])
+
+    def test_what_happened_at_the_same_time_does_not_wait_for_a_poll(self) -> None:
+        """Two kicks that the worker finds at once."""
+
+        class Held(Echo):
+            held = False
+
+            def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+                if self.held:
+                    self.held = False
+                    return go.wait(PATIENCE) and None
+                return super().handle_event(device_event, evset, vrings, thread_id)
+
+        device, go = Held(), threading.Event()
+        with self.serving(device, poll_us=self.LONG) as served, served.connect() as frontend:
+            [worker] = served.daemon.get_epoll_handlers()
+            queues = frontend.setup(2, memory=4 << 20, size=64)
+            self.rests(worker)
+            device.held = True
+            worker.vrings[0].wake()
+            wait_until(lambda: not device.held, "the worker to be busy")
+            worker._window = self.LONG / 1e6
+            at, size = frontend.arena
+            for queue in queues:
+                queue.submit([(at, 4)], [(at + size // 2, 4)], "at once")
+            go.set()
+            for queue in queues:
+                self.assertEqual(queue.wait(self.LONG / 2e6), [("at once", 4)])
 
     def test_everything_else_goes_on_meanwhile(self) -> None:
         """Another ring, a listener, messages, completions from elsewhere, and the end."""

@@ -1519,6 +1519,7 @@ class VringEpollHandler:
         self._longest_poll = poll_us / 1e6  # seconds
         self._window = 0.0  # of the next poll
         self._asleep_since = 0.0
+        self._events: list[tuple[int, int]] = []  # which come after the one that is being served
         self._seen: list[tuple[int, int]] = []  # events that a poll of a ring came across
         for position, vring in enumerate(vrings):
             vring.wake = self._waker(position)
@@ -1608,7 +1609,9 @@ class VringEpollHandler:
         kicks = self._kicks
         timeout: float | None = None
         while not self._exiting:
-            for fd, evset in self._next_events(timeout):
+            events = self._events = self._next_events(timeout)
+            while events:
+                fd, evset = events.pop(0)
                 position = kicks.get(fd)
                 if position is not None:
                     self._serve(position, evset)
@@ -1637,8 +1640,8 @@ class VringEpollHandler:
 
     def _linger(self, position: int, ready: Callable[[], bool]) -> bool:
         """Poll a ring that was emptied, for as long as it seems to pay. Returns whether it is `ready` again; or else there may be other things."""
-        if self._pending:
-            return False  # another ring has more
+        if self._pending or self._events:
+            return False  # another ring has more, or something else has happened
         start = time.perf_counter()
         while time.perf_counter() < start + self._window:
             for _ in range(self._LOOKS):
