@@ -4799,6 +4799,29 @@ class PollingTests(DaemonTest):
             for queue in queues:
                 self.assertEqual(queue.wait(self.LONG / 2e6), [("at once", 4)])
 
+    def test_front_end_does_not_wait_for_a_poll(self) -> None:
+        """For the ring that is polled, or for a call of the device while it is."""
+        with self.serving(Echo(), poll_us=self.LONG) as served, served.connect() as frontend:
+            [worker] = served.daemon.get_epoll_handlers()
+            queues = frontend.setup(2, memory=4 << 20, size=64)
+
+            def poll() -> None:
+                """Have the second ring polled."""
+                self.rests(worker)
+                worker._window = self.LONG / 1e6
+                self.echo(frontend, queues[1])
+
+            for name, payload, fds in (
+                ("SET_VRING_CALL", VringFd(1), [queues[1].call_fd]),
+                ("GET_CONFIG", Config(0, 0, bytes(4)), []),
+                ("GET_VRING_BASE", VringStatePayload(0, 0), []),
+            ):
+                with self.subTest(name):
+                    poll()
+                    start = time.monotonic()
+                    frontend.request(name, payload, fds)
+                    self.assertLess(time.monotonic() - start, self.LONG / 2e6)
+
     def test_everything_else_goes_on_meanwhile(self) -> None:
         """Another ring, a listener, messages, completions from elsewhere, and the end."""
         device = Later()

@@ -1649,7 +1649,7 @@ class VringEpollHandler:
                     return True
             # Its own kick says nothing new; to arm notifications because of it would bring the next one.
             self._seen = [event for event in self._epoll.poll(0) if self._kicks.get(event[0]) != position]
-            if self._seen:
+            if self._seen or self._calls.wanted or self.vrings[position].wanted:
                 return False
         self._asleep_since = start
         return False

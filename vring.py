@@ -1640,6 +1640,8 @@ class VringT(Protocol):
 class NoLock:
     """In its place, where nothing needs a lock."""
 
+    wanted = False
+
     def acquire(self, wait: bool = True) -> bool:
         return True
 
@@ -1687,6 +1689,11 @@ class TurnLock:
                 return self._lock.acquire(timeout=timeout)
             finally:
                 self._waited_for = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits to go before a worker's next batch."""
+        return self._gate.locked()
 
     def __enter__(self) -> None:
         self.acquire_first(timeout=-1)
@@ -1827,6 +1834,11 @@ class VringState:
         self._lock.release()
         if self._completed and not self._depth:
             self._flush_late()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for the ring, whose worker has it."""
+        return self._lock.wanted
 
     @property
     def queue(self) -> Queue | None:
