@@ -5704,6 +5704,26 @@ class EventfdTests(DaemonTest):
                 # and the daemon shuts down, with a front-end connected
                 self.assertTrue(is_readable(call))
 
+    def test_call_eventfd_filled_to_the_brim_stays_so_while_the_worker_is_slow(self) -> None:
+        """What the driver is to be notified of is not taken away by whoever waits for the ring."""
+
+        class Slow(Echo):
+            def process_queue(self, vring: VringT) -> None:
+                super().process_queue(vring)
+                with vring.batch():  # has the ring's lock
+                    busy.set()
+                    time.sleep(0.3)
+
+        kick, call, busy = self.eventfd(), self.eventfd(BRIM), threading.Event()
+        with self.prepared(Slow()) as (frontend, rig):
+            driver = self.start(frontend, rig, kick, call)
+            rig.add(driver)
+            busy.clear()
+            os.eventfd_write(kick, 1)
+            self.assertTrue(busy.wait(PATIENCE))
+            frontend.enable_queue(0, False)
+            self.assertTrue(is_readable(call))
+
     def test_peer_that_fills_the_call_eventfd_all_the_time(self) -> None:
         """Between the look and the write, too: the ring can be stopped all the same."""
         kick, call = self.eventfd(), self.eventfd(0, 0)

@@ -1802,6 +1802,7 @@ class VringState:
         self._kick: int | None = None
         self._call: int | None = None
         self._call_room = select.poll()  # tells whether the call eventfd can be written without waiting
+        self._signalling = False  # somebody writes it
         self._err: int | None = None
         self._complaints = 0
         self._quiet_until = 0.0
@@ -2110,14 +2111,18 @@ class VringState:
                 self.notify("VRING_CALL")
         # A full counter, or a full pipe, would block the write: it is signalled already.
         elif self._call_room.poll(0):
+            self._signalling = True
             try:
                 os.write(self._call, _EVENTFD_ONE)
             except OSError as error:
                 self.complain(f"call eventfd: {error}")
+            finally:
+                self._signalling = False
 
     def _unblock(self) -> None:
-        """Free a worker that holds the lock because the front-end filled the call eventfd just before the write."""
-        if self._call is not None and not self._call_room.poll(0):
+        """Free a worker that holds the lock because the front-end filled the call eventfd just before the write. One that is merely slow has
+        nothing to write: what the driver is to be notified of would be gone."""
+        if self._signalling and self._call is not None and not self._call_room.poll(0):
             _clear(self._call)
 
     def complain(self, text: str) -> None:
