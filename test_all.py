@@ -4964,6 +4964,37 @@ class DirtyLogTests(DaemonTest):
         dirty.commit()
         self.assertFalse(is_readable(announced), "nothing has changed")
 
+    def test_log_that_is_replaced(self) -> None:
+        """What was marked and waits for its turn in the ring is in the old one; the eventfd of the old one is open as long as it is used."""
+        still_open: list[bool] = []
+
+        class Watched(VringMutex):
+            def set_log(self, log: DirtyLog | None) -> None:
+                if self._log and self._log._notify is not None:
+                    still_open.append(self._log._notify in open_fds())
+                super().set_log(log)
+
+        device = Later()
+        logs = [GuestMemoryMmap.from_ranges([(0, 16 * PAGE)]) for _ in range(2)]
+        with self.connected(device, vring=Watched, features=-1 & ~PACKED, indirect=False) as frontend:
+            self.assertTrue(frontend.features & IN_ORDER)
+            queue = frontend.queues[0]
+            start = -(-frontend.arena[0] // 0x1000) * 0x1000
+            frontend.request("SET_LOG_BASE", Log(16 * PAGE, 0), [logs[0].regions[0].fileno()])
+            frontend.request("SET_FEATURES", U64(frontend.features | self.LOG_ALL))
+            for number in range(2):
+                queue.submit([], [(start + 0x1000 * number, 4)])
+            device.holds(2)
+            device.complete(1)
+            frontend.request("SET_LOG_BASE", Log(16 * PAGE, 0), [logs[1].regions[0].fileno()])
+            self.assertIn(start // 0x1000 + 1, self.logged(logs[0].view(0, 16 * PAGE)))
+            device.complete(0)
+            self.assertEqual(len(queue.wait(PATIENCE)), 2)
+            self.assertIn(start // 0x1000, self.logged(logs[1].view(0, 16 * PAGE)))
+            for _ in range(2):
+                frontend.request("SET_LOG_FD", fds=[self.eventfd()])
+            self.assertEqual(still_open, [True] * 2)  # rings
+
     def test_mark_while_another_thread_commits(self) -> None:
         """It is in that commit or in the next one."""
 

@@ -1811,6 +1811,7 @@ class _Session:
         self._status = 0
         self._addresses: list[VringAddr | None] = [None] * len(self._vrings)
         self._channel: BackendChannel | None = None
+        self._log: DirtyLog | None = None
         self._log_view: memoryview | None = None
         self._log_fd: int | None = None
         self._suspended = True  # no ring is started
@@ -2113,17 +2114,19 @@ class _Session:
         return U64(0)
 
     def _set_log_fd(self, payload: Empty, message: Message) -> None:
-        if self._log_fd is not None:
-            os.close(self._log_fd)
-        self._log_fd = message.take_fd()
+        before, self._log_fd = self._log_fd, message.take_fd()
         self._switch_log()
+        if before is not None:
+            os.close(before)  # not before: workers write it
 
     def _switch_log(self) -> None:
         """Log, or do not, as the front-end wants it now."""
         wanted = self._log_view is not None and self._features >> VHOST_F_LOG_ALL & 1
-        log = DirtyLog(self._log_view, self._log_fd) if wanted and self._log_view is not None else None
+        before, self._log = self._log, DirtyLog(self._log_view, self._log_fd) if wanted and self._log_view is not None else None
         for vring in self._vrings:
-            vring.set_log(log)
+            vring.set_log(self._log)
+        if before:
+            before.commit()  # what was marked and waited for a ring to publish: the front-end looks there once more
 
     def _get_max_mem_slots(self, payload: Empty, message: Message) -> Payload:
         return U64(MAX_REGIONS)
