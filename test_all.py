@@ -899,26 +899,29 @@ def _huge_pages(test: unittest.TestCase, count: int) -> Iterator[int]:
     knob = "/proc/sys/vm/nr_hugepages"
     with open("/proc/meminfo") as info:
         values = {line.split(":")[0]: int(line.split()[1]) for line in info}
-    free, size = values.get("HugePages_Free", 0), values.get("Hugepagesize", 0) << 10
-    before = None
-    try:
-        if free < count:
-            with open(knob) as file:
-                before = int(file.read())
-            try:
-                with open(knob, "w") as file:
-                    file.write(str(before + count))
-            except OSError as error:
-                before = None
-                test.skipTest(f"no huge pages, and {knob} cannot be written: {error.strerror}")
-            with open(knob) as file:
-                if int(file.read()) < before + count:
-                    test.skipTest("the kernel has no huge pages to give")
+    size = values.get("Hugepagesize", 0) << 10
+    if values.get("HugePages_Free", 0) >= count:
         yield size
-    finally:
-        if before is not None:
-            with open(knob, "w") as file:
-                file.write(str(before))
+        return
+    with open(knob) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # one run of these tests at a time
+        before = int(file.read())
+        try:
+            _set_huge_pages(knob, before + count)
+        except OSError as error:
+            test.skipTest(f"no huge pages, and {knob} cannot be written: {error.strerror}")
+        try:
+            with open(knob) as now:
+                if int(now.read()) < before + count:
+                    test.skipTest("the kernel has no huge pages to give")
+            yield size
+        finally:
+            _set_huge_pages(knob, before)
+
+
+def _set_huge_pages(knob: str, count: int) -> None:
+    with open(knob, "w") as file:
+        file.write(str(count))
 
 
 class MemoryTests(CoreTest):
