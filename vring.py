@@ -696,7 +696,7 @@ class Queue(_Ring, ABC):
         """`take` for a batch that is empty: those that have the shape as numbers, all others as chains. Raises _BrokenRing."""
         batch._queue = self
         batch.ram = self._flat.view
-        if not self._by_number or self._again or self.log:  # what needs more than its completion goes by chains
+        if self._again or self.in_order or self.log or self._swap or _SWAP:  # what needs more than its completion goes by chains
             batch.chains = self.take(limit)
             return
         requests, chains = batch.requests, batch.chains
@@ -747,8 +747,7 @@ class Queue(_Ring, ABC):
             for piece in self._written or ((self.log_used_at + offset, length),):
                 self.log.mark(*piece)
 
-    def _begin(self, by_number: bool) -> None:
-        self._by_number = by_number and not (self.in_order or self._swap or _SWAP)
+    def _begin(self) -> None:
         self._signalled: int | None = None
         self.outstanding = 0
         self._order.clear()
@@ -954,7 +953,7 @@ class SplitQueue(Queue):
         return (self._next_avail - len(self._again)) & 0xFFFF
 
     def start(self, base: int, inflight: memoryview | None = None) -> None:
-        self._begin(by_number=True)
+        self._begin()
         # The used index is the ring's own: a front-end gives the available index alone (vhost-user, "vring state description").
         self._next_avail = base & 0xFFFF
         self._next_used = self._load(self._used16, 1)
@@ -1304,7 +1303,7 @@ class PackedQueue(Queue):
         return chain._token >> 16
 
     def start(self, base: int, inflight: memoryview | None = None) -> None:
-        self._begin(by_number=inflight is None)  # the region keeps all descriptors
+        self._begin()
         if base == 0 and not self._load(self._flags, 7) & PACKED_F_USED:
             # Position 0 with both wrap counters 0 means one lap done, which leaves the first descriptor's USED bit set. Without it the
             # ring is new, and the front-end (User-mode Linux) sent the split ring's 0.
@@ -1414,7 +1413,7 @@ class PackedQueue(Queue):
         requests = batch.requests
         append, before = requests.append, len(requests)
         ram, (start, end), (start2, end2) = self._flat
-        desc, ring_flags, indirect = self._desc, self._flags, self._indirect
+        desc, ring_flags, indirect, inflight = self._desc, self._flags, self._indirect, self._inflight
         unpack, header, status = batch._header.unpack_from, batch._header.size, batch._status
         table_end, header_end, status_end = end - _THREE, end - header, end - status
         table_end2, header_end2, status_end2 = end2 - _THREE, end2 - header, end2 - status
@@ -1454,6 +1453,8 @@ class PackedQueue(Queue):
                 and (start <= third <= status_end or start2 <= third <= status_end2)
             ):
                 break
+            if inflight:
+                inflight.note_taken(((count << 16 | identity, desc[position << 4 : position + count << 4].tobytes()),))
             append((count << 16 | identity, unpack(ram, first), first, into, second, length, third))
             room -= count
             position += count
