@@ -121,6 +121,8 @@ def map_shared(fd: int, offset: int, size: int, writable: bool = True) -> memory
     unit = _mapping_unit(fd)
     start = offset & -unit
     length = -(-(offset - start + size) // unit) * unit  # munmap of hugetlbfs takes whole huge pages only
+    if length > sys.maxsize:
+        raise GuestMemoryError(f"{size:#x} bytes at offset {offset:#x} leave the address space")
     protection = _PROT_READ_WRITE if writable else _PROT_READ
     address = _libc.mmap(None, length, protection, _MAP_SHARED, fd, start)
     if address is None or address == _MAP_FAILED:

@@ -78,6 +78,7 @@ if TYPE_CHECKING or BUNDLE or not __package__:
         IotlbMiss,
         IovaMemory,
         atomic_or,
+        map_shared,
     )
     from vhost_user import (
         BACKEND_REQUESTS,
@@ -150,6 +151,7 @@ else:
         IotlbMiss,
         IovaMemory,
         atomic_or,
+        map_shared,
     )
     from .vhost_user import (
         BACKEND_REQUESTS,
@@ -807,6 +809,14 @@ def pair(index: int, num: int) -> bytes:
 
 class RegionTests(CoreTest):
     """GuestRegionMmap."""
+
+    def test_size_and_offset_that_leave_the_address_space(self) -> None:
+        """Whatever the file: nothing is left mapped."""
+        endless = os.open("/dev/zero", os.O_RDWR)
+        self.addCleanup(os.close, endless)
+        for offset, size in (0xFFF, 2**64 - 1), (2**64 - 1, 2**64 - 1), (1, 2**63 - 1), (0, 2**64 - 1):
+            with self.subTest(offset=offset, size=size), self.assertRaises(GuestMemoryError):
+                map_shared(endless, offset, size)
 
     def test_region_shows_the_files_bytes_and_writes_through(self) -> None:
         fd = self.memfd(4 * PAGE)
