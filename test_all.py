@@ -3672,6 +3672,24 @@ class EachRequestTests(WireTest):
                 with self.rejected(served, "SET_INFLIGHT_FD: ") as peer:
                     peer.send(32, wrong.pack(), fds=[self.memory_fd])
 
+    def test_inflight_region_of_smaller_queues(self) -> None:
+        """A ring that is larger than SET_INFLIGHT_FD said does not start; new or not, the region is not touched behind its part."""
+        with self.served() as served:
+            for features, base, size_then in (VERSION_1, 0, 0), (VERSION_1, 0, 256), (VERSION_1 | PACKED, 0x80008000, 0):
+                with self.subTest(features=features, size_then=size_then), served.peer(features=PROTOCOL | features) as peer:
+                    region = self.memfd(PAGE)
+                    if size_then:
+                        os.pwrite(region, struct.pack("=QHHHH", 0, 1, size_then, 0, 0), 0)
+                    before = os.pread(region, PAGE, 0)
+                    peer.msg("SET_MEM_TABLE", EXAMPLES["SET_MEM_TABLE"], [self.memory_fd])
+                    peer.msg("SET_INFLIGHT_FD", Inflight(PAGE, 0, 1, 1).pack(), [region])
+                    peer.msg("SET_VRING_NUM", pair(0, 256))
+                    peer.msg("SET_VRING_BASE", pair(0, base))
+                    peer.msg("SET_VRING_ADDR", VringAddr(0, 0, 0x100000, 0x102000, 0x101800, 0).pack())
+                    peer.msg("SET_VRING_KICK", u64(0), [self.event_fd], expect=REFUSED)
+                    self.assertEqual(os.pread(region, PAGE, 0), before)
+            self.expect_log("the in-flight region has .* bytes for a queue of 256")
+
     def test_get_vring_base(self) -> None:
         """rules 6 and 26: it stops the ring and lets go of kick and call, and resets nothing."""
         device = Echo()

@@ -325,7 +325,9 @@ class InflightTracker(ABC):
     VERSION = 1
 
     def __init__(self, area: memoryview, size: int) -> None:
-        """`area` for a queue of `size` entries: see `bytes_for`. All zero when it is new."""
+        """`area` for a queue of `size` entries: see `bytes_for`. All zero when it is new. Raises VringError when it is for another size."""
+        if len(area) < self.bytes_for(size):
+            raise VringError(f"the in-flight region has {len(area)} bytes for a queue of {size}, which needs {self.bytes_for(size)}")
         self._size = size
         self._u8 = area
         self._u16 = area.cast("H")
