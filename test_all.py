@@ -3511,6 +3511,25 @@ class AcknowledgementTests(WireTest):
             self.expect_log("acked_features of the device failed")
             self.expect_log("get_config of the device failed")
 
+    def test_device_that_returns_nothing_is_a_refusal(self) -> None:
+        class Forgets(Whole):
+            def set_status(self, status: int) -> int:
+                return None  # type: ignore[return-value]
+
+            def create_crypto_session(self, opcode: int, parameters: SymmetricSession | AsymmetricSession) -> int:
+                return None  # type: ignore[return-value]
+
+            def get_config(self, offset: int, size: int) -> bytes:
+                return None  # type: ignore[return-value]
+
+        with self.served(Forgets()) as served, served.peer() as peer:
+            peer.msg("SET_STATUS", u64(1), expect=REFUSED)
+            peer.msg("GET_STATUS", expect=u64(0))
+            peer.msg("CREATE_CRYPTO_SESSION", EXAMPLES["CREATE_CRYPTO_SESSION"], expect=CryptoSession(0, b"", -1).pack())
+            peer.msg("GET_CONFIG", EXAMPLES["GET_CONFIG"], expect=b"")
+            for name in "set_status", "create_crypto_session", "get_config":
+                self.expect_log(f"{name} of the device failed .*TypeError")
+
 
 RULES = {
     1: "Started and enabled are two switches: both off at first, and each is kept while the other changes.",
@@ -6838,6 +6857,35 @@ class LifeTests(DaemonTest):
                 with served.peer() as peer:
                     peer.msg(999, expect=CLOSED)
             self.expect_log("unknown request 999")
+
+    def test_no_file_descriptors_left(self) -> None:
+        """What cannot be done for that is refused, or ends the connection; the daemon lives."""
+        with self.serving(Whole()) as served:
+            for name, left, answer in ("GET_INFLIGHT_FD", 0, None), ("POSTCOPY_ADVISE", 0, b""), ("POSTCOPY_ADVISE", 1, b""):
+                with self.subTest(name, left=left), served.peer() as peer:
+                    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (sorted(set(range(1024)) - open_fds().keys())[left], before[1]))
+                    try:
+                        peer.send(REQUESTS[name].number, EXAMPLES[name])
+                        if answer is None:
+                            peer.is_closed()
+                        else:
+                            self.assertEqual(peer.answer()[2], answer)
+                    finally:
+                        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            self.expect_log("GET_INFLIGHT_FD: .*Too many open files")
+            with served.peer() as peer:
+                peer.lives()
+
+    def test_fault_of_this_program_ends_the_connection_alone(self) -> None:
+        """Whatever a request comes upon that nobody has thought of."""
+        with self.serving(Echo()) as served:
+            with served.peer() as peer, mock.patch.object(vhost_user.MemTable, "unpack", side_effect=IndexError("as asked")):
+                peer.send(5, EXAMPLES["SET_MEM_TABLE"])
+                peer.is_closed()
+            self.expect_log(r"the connection ends \[IndexError: as asked\]")
+            with served.peer() as peer:
+                peer.lives()
 
     def test_shutdown_while_idle_and_before_anything(self) -> None:
         with self.serving(Echo()):

@@ -1871,7 +1871,7 @@ class _Session:
         reply: Payload | None
         try:
             reply, failure = handler(payload, message), None
-        except (Refused, VringError, GuestMemoryError) as error:
+        except (Refused, VringError, GuestMemoryError, OSError) as error:  # OSError: too many open files here, say
             reply, failure = None, error
             log.warning("%s %s refused: %s", row.name, payload, error)
         log.debug("<- %s %s%s", row.name, payload, f" -> {reply}" if reply else "" if failure is None else " -> refused")
@@ -1887,11 +1887,12 @@ class _Session:
         elif message.flags & FLAG_NEED_REPLY and self._protocol_features & _PF.REPLY_ACK:
             self._connection.send(row.number, FLAG_REPLY, U64(1 if failure else 0).pack())
 
-    def _call(self, method: Callable[..., Any], *arguments: object) -> Any:
-        """Call the device. Its exceptions are logged, and refuse the request."""
+    def _call(self, method: Callable[..., Any], *arguments: object, gives: Callable[[Any], Any] | None = None) -> Any:
+        """Call the device. Its exceptions are logged, and refuse the request; likewise when it returns what is not what it `gives`."""
         try:
             with self._daemon.calls:
-                return method(*arguments)
+                result = method(*arguments)
+            return gives(result) if gives else result
         except Refused:
             raise
         except Exception as error:
@@ -2009,10 +2010,10 @@ class _Session:
         self._end_postcopy()
         try:
             self._userfault = Userfault()
-        except GuestMemoryError as error:
-            log.error("POSTCOPY_ADVISE: %s", error)
-        else:
             message.reply_fds.append(os.dup(self._userfault.fd))
+        except (GuestMemoryError, OSError) as error:
+            log.error("POSTCOPY_ADVISE: %s", error)
+            self._end_postcopy()
         return Empty()
 
     def _postcopy_listen(self, payload: Empty, message: Message) -> None:
@@ -2312,10 +2313,10 @@ class _Session:
     # Config space
 
     def _get_config(self, payload: Config, message: Message) -> Payload:
-        data = self._call(self._backend.get_config, payload.offset, len(payload.data))
+        data = self._call(self._backend.get_config, payload.offset, len(payload.data), gives=bytes)
         if len(data) != len(payload.data):
             raise Refused(f"the device gave {len(data)} of {len(payload.data)} bytes of config space")
-        return Config(payload.offset, payload.flags, bytes(data))
+        return Config(payload.offset, payload.flags, data)
 
     def _set_config(self, payload: Config, message: Message) -> None:
         if payload.flags not in (CONFIG_FLAG_WRITABLE, CONFIG_FLAG_LIVE_MIGRATION):
@@ -2344,7 +2345,7 @@ class _Session:
             raise ProtocolError(f"SET_STATUS {payload.value:#x}: the device status has 8 bits")
         if payload.value == 0:
             self._reset_device(Empty(), message)
-        self._status = int(self._call(self._backend.set_status, payload.value)) & 0xFF
+        self._status = self._call(self._backend.set_status, payload.value, gives=int) & 0xFF
 
     def _get_status(self, payload: Empty, message: Message) -> Payload:
         return U64(self._status)
@@ -2358,7 +2359,7 @@ class _Session:
         self._call(self._backend.set_mtu, payload.value)
 
     def _create_crypto_session(self, payload: CryptoSession, message: Message) -> Payload:
-        session_id = self._call(self._backend.create_crypto_session, payload.opcode, payload.parameters)
+        session_id = self._call(self._backend.create_crypto_session, payload.opcode, payload.parameters, gives=int)
         return CryptoSession(payload.opcode, payload.data, session_id)
 
     def _close_crypto_session(self, payload: U64, message: Message) -> None:
@@ -2378,7 +2379,7 @@ class _Session:
 
     def _shmem(self) -> ShmemConfig:
         if self._shmem_config is None:
-            config = ShmemConfig(tuple(self._call(self._backend.get_shmem_config)))
+            config = ShmemConfig(self._call(self._backend.get_shmem_config, gives=tuple))
             config.check()
             self._shmem_config = config
         return self._shmem_config
@@ -2455,6 +2456,10 @@ class _Process:
         return True
 
 
+class _NurseryEnded(OSError):
+    """There will be no worker processes any more: the daemon ends."""
+
+
 class _Nursery:
     """A process that starts worker processes, and waits for them.
 
@@ -2477,7 +2482,7 @@ class _Nursery:
         theirs.close()
 
     def start(self, number: int, interrupt: int) -> _Process:
-        """A new worker process; it may fail at once. Raises OSError when the nursery is no more."""
+        """A new worker process; it may fail at once. Raises OSError, _NurseryEnded when the nursery is no more."""
         pairs = [socket.socketpair() for _ in range(2)]
         (ours, theirs), (our_leash, their_leash) = pairs
         try:
@@ -2485,7 +2490,8 @@ class _Nursery:
         except OSError as error:
             ours.close()
             our_leash.close()
-            raise OSError(error.errno, f"worker processes cannot be started: {error.strerror}") from None
+            kind = _NurseryEnded if isinstance(error, ConnectionError) else OSError
+            raise kind(error.errno, f"worker processes cannot be started: {error.strerror}") from None
         finally:
             theirs.close()
             their_leash.close()
@@ -3065,10 +3071,14 @@ class VhostUserDaemon:
                 _Session(self, connection).run()
         except InterruptedError:
             log.info("%s: shutting down", self.name)
+        except _NurseryEnded:
+            raise
         except Disconnected as reason:
             log.info("%s: the front-end has left: %s", self.name, reason)
-        except (VhostUserError, TimeoutError) as error:
+        except (VhostUserError, OSError) as error:
             log.error("%s: the connection ends: %s", self.name, error)
+        except Exception:  # a fault of this program's: the next front-end is served all the same
+            log.exception("%s: the connection ends", self.name)
         finally:
             connection.close()
 
