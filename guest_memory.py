@@ -7,6 +7,7 @@ In reading order:
 - Mappings           shared memory mapped through libc, unmapped when the last view of it dies
 - Truncation         `survive_truncation`: memory whose owner cuts it off does not end the process
 - Order between CPUs `Fence`, the full memory fence; `atomic_or`, the atomic OR on a shared word
+- Event descriptors  `event_writer`, `has_room`, `make_room`, `clear_event`: eventfds that the front-end has as well, which may not keep us waiting
 - Page faults        `Userfault`: pages that have not come yet, for postcopy migration
 - Regions            `GuestRegionMmap`: one mapped range of guest addresses
 - Memory             `GuestMemoryMmap`: an immutable set of regions, address translation, reads and writes; `FlatMemory`, most of it as one view
@@ -30,6 +31,7 @@ import os
 import platform
 import select
 import signal
+import socket
 import stat
 import struct
 import sys
@@ -46,6 +48,7 @@ __all__ = [
     "ACCESS_WRITE",
     "AddressSpace",
     "DirtyLog",
+    "EVENT",
     "Fence",
     "FlatMemory",
     "GuestMemoryAtomic",
@@ -59,6 +62,10 @@ __all__ = [
     "STRONGLY_ORDERED",
     "Userfault",
     "atomic_or",
+    "clear_event",
+    "event_writer",
+    "has_room",
+    "make_room",
     "map_shared",
     "survive_truncation",
     "truncation",
@@ -346,6 +353,52 @@ def _or_steps(mask: int) -> list[tuple[int, int]]:
     if mask < sign or mask >= (1 << 32) - sign:
         return [(_FUTEX_OP_OR, mask & (2 * sign - 1))] if mask else []
     return [(_FUTEX_OP_OR | _FUTEX_OP_SHIFT, bit) for bit in range(32) if mask >> bit & 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Event descriptors
+# ---------------------------------------------------------------------------------------------------------------------------
+# Eventfds mostly, or what a front-end takes for one: User-mode Linux gives a socket. An eventfd's mode belongs to the open file, which is the
+# front-end's too. The kernel has no write to it that does not wait whatever the mode (pwritev2 knows none, and it cannot be opened anew). So it is
+# looked at before each write. A front-end that fills it just in between gets the writer stuck, until somebody who waits for the writer makes room.
+
+EVENT = (1).to_bytes(8, sys.byteorder)
+"""What is written."""
+
+
+def event_writer(fd: int) -> Callable[[int, bytes], int]:
+    """How to write to an event descriptor: `os.write`, or what does the same and never waits, where there is that."""
+    return _send_now if stat.S_ISSOCK(os.fstat(fd).st_mode) else os.write
+
+
+def _send_now(fd: int, data: bytes) -> int:
+    sent: int = _libc.send(ctypes.c_int(fd), data, ctypes.c_size_t(len(data)), ctypes.c_int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL))
+    if sent < 0:
+        raise OSError(ctypes.get_errno(), "send")
+    return sent
+
+
+def has_room(fd: int) -> bool:
+    """Whether an event descriptor can be written without waiting. If not, it is signalled already."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+def make_room(fd: int) -> bool:
+    """Free whoever is stuck in a write to an eventfd. Returns whether it was full: it may be again before the writer has had its turn."""
+    if has_room(fd):
+        return False
+    clear_event(fd)
+    return True
+
+
+def clear_event(fd: int) -> None:
+    """Read an eventfd's counter or bytes without waiting, whatever mode the front-end keeps the shared open file in."""
+    try:
+        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+    except OSError:
+        pass  # nothing to clear, or nothing that can be cleared
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -893,13 +946,12 @@ class DirtyLog:
     PAGE = 0x1000
 
     def __init__(self, view: memoryview, notify: int | None = None) -> None:
-        """`view`: the shared bytes. `notify`: an eventfd to signal after changes; the caller's."""
+        """`view`: the shared bytes. `notify`: an eventfd to signal after changes; the caller's, who sees to it that a commit does not stay stuck
+        there (`unblock`)."""
         self._view = view[: len(view) // 4 * 4]
         self._words = self._view.cast("I")
         self._notify = notify
-        self._room = select.poll()  # tells whether the eventfd can be written without waiting
-        if notify is not None:
-            self._room.register(notify, select.POLLOUT)
+        self._writers = 0  # threads that are about to signal it
         self._gathered: dict[int, int] = {}  # word -> bits
         self._lock = threading.Lock()
         self._fence = Fence()
@@ -932,9 +984,23 @@ class DirtyLog:
                 if missing:
                     atomic_or(self._view[4 * word : 4 * word + 4], missing)
                     changed = True
-        if changed and self._notify is not None and self._room.poll(0):  # full: it is signalled already
-            with suppress(OSError):  # no eventfd at all
-                os.eventfd_write(self._notify, 1)
+        if changed and self._notify is not None and has_room(self._notify):
+            self._write(self._notify)
+
+    def _write(self, notify: int) -> None:
+        with self._lock:
+            self._writers += 1
+        try:
+            event_writer(notify)(notify, EVENT)  # without the lock: it may get stuck
+        except OSError:
+            pass  # nobody reads it
+        finally:
+            with self._lock:
+                self._writers -= 1
+
+    def unblock(self) -> bool:
+        """Free whoever is stuck in a commit, since the front-end filled the eventfd just before. Returns whether it was full."""
+        return self._writers > 0 and self._notify is not None and make_room(self._notify)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -5680,6 +5680,15 @@ class PostcopyTests(DaemonTest):
             self.assertEqual(offered & (PF.CONFIGURE_MEM_SLOTS | PF.PAGEFAULT), wanted)
 
 
+def _eventfd_id(fd: int) -> int | None:
+    """The same for all descriptors of an eventfd."""
+    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{fd}") as info:
+        for line in info:
+            if line.startswith("eventfd-id:"):
+                return int(line.split()[1])
+    return None
+
+
 class EventfdTests(DaemonTest):
     """The peer's descriptors: they stay as they are, and nobody hangs on them."""
 
@@ -5724,32 +5733,50 @@ class EventfdTests(DaemonTest):
                 self.assertEqual(os.eventfd_read(kick), 2, "nobody else reads it")
             self.served(rig, driver, kick)
 
-    def test_pipe_as_call_descriptor(self) -> None:
-        """User-mode Linux gives one."""
-        reader, writer = os.pipe()
-        self.addCleanup(os.close, reader)
-        self.addCleanup(os.close, writer)
-        kick = self.eventfd()
-        with self.prepared(Echo()) as (frontend, rig):
-            driver = self.start(frontend, rig, kick, writer)
-            self.served(rig, driver, kick)
-            self.assertTrue(is_readable(reader, PATIENCE))
+    def both_ends(self) -> Iterator[tuple[int, int]]:
+        """Of a pipe, and of a socket pair as User-mode Linux makes one: what reads, and what writes."""
+        ends = os.pipe()
+        sockets = socket.socketpair()
+        for fd in ends:
+            self.addCleanup(os.close, fd)
+        for sock in sockets:
+            self.addCleanup(sock.close)
+        yield ends
+        yield sockets[0].fileno(), sockets[1].fileno()
 
-    def test_full_pipe_as_call_descriptor_hangs_nobody(self) -> None:
-        reader, writer = os.pipe()
-        self.addCleanup(os.close, reader)
-        self.addCleanup(os.close, writer)
-        os.set_blocking(writer, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(writer, bytes(4096))
-        os.set_blocking(writer, True)
-        kick = self.eventfd()
-        with self.prepared(Echo()) as (frontend, rig):
-            driver = self.start(frontend, rig, kick, writer)
-            for _ in range(5):
+    def test_pipe_or_socket_as_call_descriptor(self) -> None:
+        for reader, writer in self.both_ends():
+            kick = self.eventfd()
+            with self.prepared(Echo()) as (frontend, rig):
+                driver = self.start(frontend, rig, kick, writer)
                 self.served(rig, driver, kick)
-            frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
+                self.assertTrue(is_readable(reader, PATIENCE))
+                self.assertEqual(len(os.read(reader, 100)), 8)
+
+    def test_full_pipe_or_socket_as_call_descriptor_hangs_nobody(self) -> None:
+        """Nor one that is filled just before it is written."""
+        for _, writer in self.both_ends():
+            for looks_empty in False, True:
+                os.set_blocking(writer, False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        os.write(writer, bytes(4096))
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        os.write(writer, bytes(1))
+                os.set_blocking(writer, True)
+                kick = self.eventfd()
+                with self.subTest(looks_empty=looks_empty), self.serving(Echo()) as served, served.connect() as frontend:
+                    frontend.negotiate(0)
+                    rig = Rig(frontend)
+                    driver = self.start(frontend, rig, kick, writer)
+                    if looks_empty:
+                        served.daemon.vrings[0]._call_room = select.poll()
+                        served.daemon.vrings[0]._call_room.register(self.eventfd(), select.POLLOUT)
+                    for _ in range(5):
+                        self.served(rig, driver, kick)
+                    frontend.get_config(0, 8)
+                    frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
 
     def test_call_descriptor_whose_reader_is_gone(self) -> None:
         reader, writer = os.pipe()
@@ -5826,18 +5853,126 @@ class EventfdTests(DaemonTest):
             while filler.is_alive():
                 drain()
 
-    def test_descriptors_that_cannot_be_polled_or_written(self) -> None:
-        """Refused, or without effect; the daemon lives."""
+    def test_full_err_eventfd_hangs_nobody(self) -> None:
+        """A ring that breaks signals it under the ring's lock."""
+        for flags in 0, os.EFD_NONBLOCK:
+            kick, call, err = self.eventfd(), self.eventfd(), self.eventfd(BRIM, flags)
+            with self.subTest(flags=flags), self.prepared(Echo()) as (frontend, rig):
+                self.start(frontend, rig, kick, call)
+                frontend.request("SET_VRING_ERR", VringFd(0), [err])
+                self.break_ring(rig, kick)
+                frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
+                # and the daemon shuts down, with a front-end connected
+
+    def break_ring(self, rig: Rig, kick: int) -> None:
+        """An available index that no driver has."""
+        rig.memory.write(RAM + 16 * rig.size + 2, b"\xff\xff")
+        os.eventfd_write(kick, 1)
+        self.expect_log("is broken until it is started again")
+
+    @contextlib.contextmanager
+    def filling(self, fd: int) -> Iterator[None]:
+        """A process that fills the eventfd whenever it can."""
+        child = os.fork()
+        if not child:
+            while True:
+                if not is_readable(fd):
+                    os.eventfd_write(fd, BRIM)
+        try:
+            yield
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+    def test_peer_that_fills_an_eventfd_just_before_it_is_written(self) -> None:
+        """A worker that is stuck there, with its ring's lock and the device's, is freed by whoever waits for it, though the peer goes on."""
+        for name in "SET_VRING_CALL", "SET_VRING_ERR", "SET_LOG_FD":
+            kick, fd = self.eventfd(), self.eventfd(0, 0)
+            with self.subTest(name), self.prepared(Echo()) as (frontend, rig), self.filled_when_written(fd) as filled:
+                driver = self.start(frontend, rig, kick, fd if name == "SET_VRING_CALL" else self.eventfd())
+                if name == "SET_VRING_ERR":
+                    frontend.request("SET_VRING_ERR", VringFd(0), [fd])
+                    self.break_ring(rig, kick)
+                else:
+                    if name == "SET_LOG_FD":
+                        frontend.request("SET_LOG_BASE", Log(0x10000, 0), [self.memfd(0x10000)])
+                        frontend.request("SET_LOG_FD", fds=[fd])
+                        frontend.request("SET_FEATURES", U64(frontend.features | 1 << 26))
+                    rig.add(driver)
+                    os.eventfd_write(kick, 1)
+                self.assertTrue(filled.wait(PATIENCE), "the eventfd is not written")
+                with self.filling(fd):
+                    frontend.get_config(0, 8)  # which needs the device
+                    frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))  # which needs the ring
+
+    @contextlib.contextmanager
+    def filled_when_written(self, fd: int) -> Iterator[threading.Event]:
+        """Fill the eventfd after the look whether it is full, just once: at the first descriptor that is looked at and is the same."""
+        real, filled = select.poll, threading.Event()
+        identity = _eventfd_id(fd)
+
+        class Poll:
+            def __init__(self) -> None:
+                self._poll = real()
+                self._fds: list[int] = []
+
+            def register(self, fd: Any, events: int) -> None:
+                self._poll.register(fd, events)
+                if events == select.POLLOUT:
+                    self._fds.append(fd if isinstance(fd, int) else fd.fileno())
+
+            def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+                ready = self._poll.poll(timeout)
+                if not filled.is_set() and identity in map(_eventfd_id, self._fds):
+                    os.eventfd_write(fd, BRIM)
+                    filled.set()
+                return ready
+
+        with mock.patch("select.poll", Poll):
+            yield filled
+
+    def test_thread_that_is_stuck_is_freed_whoever_waits_before(self) -> None:
+        """SIGHUP's thread waits for the device as well, ahead of the control thread."""
+        kick, call = self.eventfd(), self.eventfd(0, 0)
+        with self.serving(Echo()) as served, served.connect() as frontend, self.filled_when_written(call) as filled:
+            frontend.negotiate(0)
+            rig = Rig(frontend)
+            driver = self.start(frontend, rig, kick, call)
+            rig.add(driver)
+            os.eventfd_write(kick, 1)
+            self.assertTrue(filled.wait(PATIENCE))
+            self.in_thread(served.daemon.reload)
+            time.sleep(MOMENT)
+            frontend.get_config(0, 8)
+
+    def test_mode_of_a_pipe_is_the_peers(self) -> None:
+        """A pipe is opened anew, and non-blocking here alone; the peer's stays as it is."""
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        kick = self.eventfd()
+        with self.serving(Echo()) as served, served.connect() as frontend:
+            frontend.negotiate(0)
+            driver = self.start(frontend, Rig(frontend), kick, writer)
+            call = served.daemon.vrings[0]._call
+            assert call is not None and driver
+            self.assertFalse(os.get_blocking(call))
+            self.assertTrue(os.get_blocking(writer))
+
+    def test_descriptors_that_are_no_event_descriptors(self) -> None:
+        """Refused: they might block whoever writes to them. The daemon lives."""
         file = os.open(os.path.join(self.folder(), "file"), os.O_RDWR | os.O_CREAT)
-        self.addCleanup(os.close, file)
+        device = os.open("/dev/null", os.O_RDWR)
+        for fd in file, device:
+            self.addCleanup(os.close, fd)
         kick = self.eventfd()
         with self.prepared(Echo()) as (frontend, rig):
-            with self.assertRaises(Refused):
-                frontend.request("SET_VRING_KICK", VringFd(0), [file])
-            driver = self.start(frontend, rig, kick, file)
-            for _ in range(3):
-                self.served(rig, driver, kick)
-            frontend.request("SET_VRING_ERR", VringFd(0), [file])
+            for name, fd in itertools.product(("SET_VRING_KICK", "SET_VRING_CALL", "SET_VRING_ERR", "SET_LOG_FD"), (file, device)):
+                with self.subTest(name), self.raises(Refused, name):
+                    frontend.request(name, Empty() if name == "SET_LOG_FD" else VringFd(0), [fd])
+            self.expect_log("no eventfd, pipe or socket", times=8)
+            driver = self.start(frontend, rig, kick, self.eventfd())
+            self.served(rig, driver, kick)
 
     def test_kick_that_was_refused_leaves_no_trace(self) -> None:
         """Its number, used again by a listener of the device's own, is the listener's."""
@@ -6035,13 +6170,20 @@ class DeviceTests(DaemonTest):
         class Gate:
             """Of the lock that serialises calls of the device. Whoever stands in it and is no worker waits for the lock."""
 
-            def __enter__(self) -> None:
-                gate.acquire()
+            def acquire(self, timeout: float = -1) -> bool:
+                standing = gate.acquire(timeout=timeout)
                 if threading.current_thread().name == "test-control":
                     waits.append(device.batches)
+                return standing
+
+            def release(self) -> None:
+                gate.release()
+
+            def __enter__(self) -> None:
+                self.acquire()
 
             def __exit__(self, *_: object) -> None:
-                gate.release()
+                self.release()
 
         device, waits = Busy(), []
         device.get_config = lambda offset, size: bytes([min(device.batches - waits[-1], 255)])  # type: ignore[method-assign]
@@ -6054,7 +6196,7 @@ class DeviceTests(DaemonTest):
                 # The one that has begun is over then; one may have passed the gate just before. (How many the control thread takes to come
                 # here from the socket is up to the machine.)
                 self.assertLessEqual(batches, 1)
-                self.assertEqual(len(waits), turn)
+                self.assertGreaterEqual(len(waits), turn)
 
     def test_calls_of_the_other_back_end_are_concurrent(self) -> None:
         self.assertEqual(self.two_workers(VhostUserBackend, PATIENCE / 2), (2, 2))

@@ -1047,6 +1047,25 @@ def _take_socket(name: str, message: Message) -> socket.socket:
         raise ProtocolError(f"{name}: the file descriptor is no socket ({error})") from None
 
 
+def _event_fd(message: Message, access: int) -> int:
+    """The next file descriptor, an eventfd or what can take its place: a pipe, or a socket as User-mode Linux gives. Raises Refused for anything
+    else, which might block in its own ways.
+
+    A pipe is opened anew where that is possible: so it blocks nobody here, whatever mode the front-end has it in."""
+    fd = message.take_fd()
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if not kind or stat.S_ISSOCK(kind):  # an eventfd is none of the kinds that have a number
+        return fd
+    if not stat.S_ISFIFO(kind):
+        os.close(fd)
+        raise Refused("the file descriptor is no eventfd, pipe or socket")
+    with suppress(OSError):  # no /proc, another user's, or nobody at its other end
+        again = os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.close(fd)
+        return again
+    return fd
+
+
 class BackendChannel:
     """The back-end's own requests to the front-end, over the socket of SET_BACKEND_REQ_FD. From any thread.
 
@@ -1890,7 +1909,7 @@ class _Session:
     def _call(self, method: Callable[..., Any], *arguments: object, gives: Callable[[Any], Any] | None = None) -> Any:
         """Call the device. Its exceptions are logged, and refuse the request; likewise when it returns what is not what it `gives`."""
         try:
-            with self._daemon.calls:
+            with self._daemon.turn():
                 result = method(*arguments)
             return gives(result) if gives else result
         except Refused:
@@ -2115,7 +2134,7 @@ class _Session:
         return U64(0)
 
     def _set_log_fd(self, payload: Empty, message: Message) -> None:
-        before, self._log_fd = self._log_fd, message.take_fd()
+        before, self._log_fd = self._log_fd, _event_fd(message, os.O_WRONLY)
         self._switch_log()
         if before is not None:
             os.close(before)  # not before: workers write it
@@ -2180,7 +2199,7 @@ class _Session:
 
     def _set_vring_kick(self, payload: VringFd, message: Message) -> None:
         vring = self._ring(payload.index)
-        kick = self._optional_fd(payload, message)
+        kick = self._optional_fd(payload, message, os.O_RDONLY)
         self._daemon.unwatch(payload.index)
         vring.set_kick(kick)
         try:
@@ -2220,10 +2239,10 @@ class _Session:
         self._ring(payload.index).set_err(self._optional_fd(payload, message))
 
     @staticmethod
-    def _optional_fd(payload: VringFd, message: Message) -> int | None:
+    def _optional_fd(payload: VringFd, message: Message, access: int = os.O_WRONLY) -> int | None:
         if payload.has_fd != bool(message.fds):
             raise ProtocolError(f"{payload}, and {len(message.fds)} file descriptors")
-        return message.take_fd() if payload.has_fd else None
+        return _event_fd(message, access) if payload.has_fd else None
 
     def _set_vring_enable(self, payload: VringStatePayload, message: Message) -> None:
         vring = self._ring(payload.index)
@@ -3113,6 +3132,17 @@ class VhostUserDaemon:
         leash.detach()  # it ends with the process, not before
 
     # For sessions
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The device for this thread alone, if its calls are serialised, ahead of the workers' next ones. A worker that is stuck is freed."""
+        patience = 0.1
+        while not self.calls.acquire_first(patience):
+            patience = 0.001 if sum(vring.unblock() for vring in self.vrings) else 0.1
+        try:
+            yield
+        finally:
+            self.calls.release()
 
     def watch(self, index: int) -> None:
         """Have the ring's worker watch its kick eventfd. Raises OSError when it cannot be polled."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING or not __package__:
     from guest_memory import (
         ACCESS_READ,
         ACCESS_WRITE,
+        EVENT,
         STRONGLY_ORDERED,
         AddressSpace,
         DirtyLog,
@@ -49,11 +50,16 @@ if TYPE_CHECKING or not __package__:
         Iotlb,
         IotlbMiss,
         IovaMemory,
+        clear_event,
+        event_writer,
+        has_room,
+        make_room,
     )
 else:
     from .guest_memory import (
         ACCESS_READ,
         ACCESS_WRITE,
+        EVENT,
         STRONGLY_ORDERED,
         AddressSpace,
         DirtyLog,
@@ -64,6 +70,10 @@ else:
         Iotlb,
         IotlbMiss,
         IovaMemory,
+        clear_event,
+        event_writer,
+        has_room,
+        make_room,
     )
 
 __all__ = [
@@ -144,7 +154,6 @@ _BIG_DESCRIPTOR = struct.Struct(">QIHH")
 # a moment may mean "available" (or, on the device side, "used").
 _PACKED_DESCRIPTOR_HIDDEN = struct.Struct("<QIH")
 _MOST_BYTES = 1 << 32  # a chain's length is a u32 in the used ring
-_EVENTFD_ONE = (1).to_bytes(8, sys.byteorder)
 
 
 def _align(offset: int, unit: int) -> int:
@@ -1686,12 +1695,14 @@ class TurnLock:
         """Before a worker's next batch. Returns whether the lock was had within `timeout` seconds (-1: waits without end)."""
         if self._is_mine():
             return self._lock.acquire()
-        with self._gate:
+        if not self._gate.acquire(timeout=timeout):
+            return False
+        try:
             self._waited_for = True
-            try:
-                return self._lock.acquire(timeout=timeout)
-            finally:
-                self._waited_for = False
+            return self._lock.acquire(timeout=timeout)
+        finally:
+            self._waited_for = False
+            self._gate.release()
 
     @property
     def wanted(self) -> bool:
@@ -1804,8 +1815,9 @@ class VringState:
         self._idle: threading.Event | None = None  # of whoever waits until nothing is in flight
         self._kick: int | None = None
         self._call: int | None = None
+        self._write_call: Callable[[int, bytes], int] = os.write
         self._call_room = select.poll()  # tells whether the call eventfd can be written without waiting
-        self._signalling = False  # somebody writes it
+        self._writing: int | None = None  # an eventfd that the lock's holder writes
         self._err: int | None = None
         self._complaints = 0
         self._quiet_until = 0.0
@@ -1823,8 +1835,9 @@ class VringState:
     @contextmanager
     def get_mut(self) -> Iterator[VringState]:
         """The ring for this thread alone, ahead of its worker's next batch."""
-        while not self._lock.acquire_first(timeout=0.1):
-            self._unblock()
+        patience = 0.1
+        while not self._lock.acquire_first(patience):
+            patience = 0.001 if self.unblock() else 0.1
         try:
             yield self
         finally:
@@ -2112,21 +2125,24 @@ class VringState:
         if self._call is None:
             if self.notify:
                 self.notify("VRING_CALL")
-        # A full counter, or a full pipe, would block the write: it is signalled already.
+        # A full one would block the write: it is signalled already.
         elif self._call_room.poll(0):
-            self._signalling = True
+            self._writing = self._call
             try:
-                os.write(self._call, _EVENTFD_ONE)
+                self._write_call(self._call, EVENT)
+            except BlockingIOError:
+                pass  # just filled: likewise
             except OSError as error:
                 self.complain(f"call eventfd: {error}")
             finally:
-                self._signalling = False
+                self._writing = None
 
-    def _unblock(self) -> None:
-        """Free a worker that holds the lock because the front-end filled the call eventfd just before the write. One that is merely slow has
-        nothing to write: what the driver is to be notified of would be gone."""
-        if self._signalling and self._call is not None and not self._call_room.poll(0):
-            _clear(self._call)
+    def unblock(self) -> bool:
+        """Free whoever holds the lock and is stuck in a write, since the front-end filled an eventfd just before. Returns whether one was full. One
+        who is merely slow has nothing to write: what the driver is to be notified of would be gone."""
+        writing = self._writing
+        full = writing is not None and make_room(writing)
+        return (self._log is not None and self._log.unblock()) or full
 
     def complain(self, text: str) -> None:
         """Count what is wrong with the driver, and log it once in a while."""
@@ -2146,11 +2162,14 @@ class VringState:
                 if self._err is None:
                     if self.notify:
                         self.notify("VRING_ERR")
-                else:
+                elif has_room(self._err):
+                    self._writing = self._err
                     try:
-                        os.write(self._err, _EVENTFD_ONE)
+                        event_writer(self._err)(self._err, EVENT)
                     except OSError as error:
                         log.warning("ring %d: err eventfd: %s", self.index, error)
+                    finally:
+                        self._writing = None
 
     # Configuration
 
@@ -2362,10 +2381,11 @@ class VringState:
             self._kick = fd
 
     def set_call(self, fd: int | None) -> None:
-        """As set_kick. Not only eventfds: User-mode Linux gives a pipe."""
+        """As set_kick. Not only eventfds: User-mode Linux gives a socket."""
         with self.get_mut():
             _close(self._call)
             self._call = fd
+            self._write_call = os.write if fd is None else event_writer(fd)
             self._call_room = select.poll()
             if fd is not None:
                 self._call_room.register(fd, select.POLLOUT)
@@ -2379,7 +2399,7 @@ class VringState:
     def read_kick(self) -> bool:
         """Clear the kick eventfd, without ever waiting. Returns whether the ring is active."""
         if self._kick is not None:
-            _clear(self._kick)
+            clear_event(self._kick)
         return self.active
 
 
@@ -2414,14 +2434,6 @@ class VringRwLock(VringState):
 def _close(fd: int | None) -> None:
     if fd is not None:
         os.close(fd)
-
-
-def _clear(fd: int) -> None:
-    """Read an eventfd's counter or a pipe's bytes without waiting, whatever mode the front-end keeps the shared open file in."""
-    try:
-        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
-    except OSError:
-        pass  # nothing to clear, or nothing that can be cleared
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
