@@ -737,6 +737,8 @@ class Blk(VhostUserBackend):
         self._transfers: dict[int, Uring] = {}  # by ring
         self._system_calls = SystemCalls(self)
         self._negotiated: int | None = None  # of FLUSH and CONFIG_WCE
+        self._chosen_writeback = mmap.mmap(-1, 1)  # what the driver has chosen last; shared by worker processes, which are new for each front-end
+        self._chosen_writeback[0] = 1
         self._resizing = threading.Lock()
         self.features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH | F_CONFIG_WCE | F_MQ
         if read_only:
@@ -778,32 +780,38 @@ class Blk(VhostUserBackend):
             except OSError as error:  # no inotify left, say
                 log.warning("%s is not watched for growth, SIGHUP still works: %s", self.image.path, error)
 
+    def connected(self) -> None:
+        self._settle_writeback()
+
     def acked_features(self, features: int) -> None:
-        # A driver that cannot flush expects that a write is durable when it is done (virtio 1.3 §5.2.6.2). The same features come again when
-        # a migration begins, with rings running: what the driver has chosen since stays.
-        flush_or_not = features & (F_FLUSH | F_CONFIG_WCE)
-        if flush_or_not != self._negotiated:
-            self._negotiated = flush_or_not
-            self._set_writeback(int(bool(features & F_FLUSH)))
+        self._negotiated = features & (F_FLUSH | F_CONFIG_WCE)
+        self._settle_writeback()
 
     @property
     def writes_at_once(self) -> bool:
         """Whether a write is done when the storage has taken it."""
         return not (self.durable_writes or self.read_only)
 
-    def _set_writeback(self, writeback: int) -> None:
+    def _settle_writeback(self) -> None:
+        """The cache mode, by what was negotiated and chosen."""
+        # A driver that cannot flush expects that a write is durable when it is done (virtio 1.3 §5.2.6.2).
+        can_choose = self._negotiated in (None, F_FLUSH | F_CONFIG_WCE)
+        writeback = self._chosen_writeback[0] if can_choose else int(self._negotiated == F_FLUSH)
         self.config.writeback = writeback
         self.durable_writes = not writeback
 
     def reset_device(self) -> None:
+        # What the driver has chosen stays. QEMU resets the device whenever the VM is stopped, and when that goes on, the driver has noticed
+        # nothing and does not say it again: it would not flush, and believe that what it wrote is durable. A driver that really begins anew
+        # reads what holds in config space, and chooses again.
         self._negotiated = None
-        self._set_writeback(1)
+        self._settle_writeback()
 
     def disconnected(self) -> None:
         super().disconnected()
         for index, transfers in tuple(self._transfers.items()):  # a worker may only just begin
             transfers.wait(index)  # a late one must not meet those of the next front-end
-        # The cache mode stays until a reset: a front-end that comes back, for a driver that does not notice, does not say it again.
+        # The cache mode stays, as over a reset: a front-end that comes back, for a driver that does not notice, does not say it again.
 
     def cancel_in_flight(self, index: int) -> None:
         if index in self._transfers:
@@ -832,7 +840,8 @@ class Blk(VhostUserBackend):
             raise Refused(f"only the writeback byte of config space can be written, not {len(data)} bytes at {offset}")
         if self._negotiated != F_FLUSH | F_CONFIG_WCE:
             raise Refused("writeback is the driver's to choose with VIRTIO_BLK_F_FLUSH and VIRTIO_BLK_F_CONFIG_WCE alone")
-        self._set_writeback(data[0])
+        self._chosen_writeback[0] = data[0]
+        self._settle_writeback()
         if self.durable_writes:
             self.image.flush()
 

@@ -34,7 +34,7 @@ from devices import blk
 from devices.blk import SECTOR, Blk, FileImage, Image, RamImage, SizeWatch, parse_size
 from devices.io_uring import OP_FSYNC, OP_READ, OP_READV, OP_WRITE, OP_WRITEV, REASONS, RWF_DSYNC, IoUring
 from guest_memory import survive_truncation, truncation
-from vhost_user import Frontend, FrontendQueue, Refused, VhostUserBackend, VhostUserDaemon
+from vhost_user import U64, Empty, Frontend, FrontendQueue, Payload, Refused, VhostUserBackend, VhostUserDaemon
 
 ROOT = Path(__file__).resolve().parent.parent
 SHM = "/dev/shm"
@@ -729,8 +729,8 @@ class ConfigSpace(DeviceTest):
             for value in 0, 1, 0:
                 disk.frontend.set_config(self.WRITEBACK, bytes([value]))
                 self.assertEqual(disk.frontend.get_config(0, 60), before[:32] + bytes([value]) + before[33:])
-            disk.frontend.request("RESET_DEVICE")
-            self.assertEqual(disk.frontend.get_config(0, 60), before, "a new device is write-back")
+            disk.frontend.set_config(self.WRITEBACK, b"\1")
+            self.assertEqual(disk.frontend.get_config(0, 60), before)
 
     def writes(self, disk: Disk) -> list[int]:
         """How often a write, a discard and a write of zeroes are made durable."""
@@ -771,7 +771,7 @@ class ConfigSpace(DeviceTest):
             self.assertEqual(self.writes(disk), [1, 1, 1, 1])
 
     def test_next_front_end(self) -> None:
-        """What the driver has set stays when the front-end comes back, and ends with a reset."""
+        """What the driver has set stays when the front-end comes back."""
         with self.disk("file", content_of(8)) as disk:
             disk.frontend.set_config(self.WRITEBACK, b"\0")
             path = disk.frontend.connection.socket.getpeername()
@@ -780,8 +780,47 @@ class ConfigSpace(DeviceTest):
             disk.queues = list(disk.frontend.setup(features=EVERYTHING, memory=8 * MIB))
             self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 1), b"\0")
             self.assertEqual(self.writes(disk), [1, 1, 1, 1])
-            disk.frontend.request("RESET_DEVICE")
-            self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 1), b"\1")
+
+    def test_next_front_end_with_worker_processes(self) -> None:
+        """Which are new for each front-end."""
+        path = os.path.join(self.folder, "sock")
+        with VhostUserDaemon("disk", Blk(RamImage(MIB, shared=True), num_queues=2), processes=2) as daemon:
+            daemon.start(path)
+            for before, chosen in (b"\1", b"\0"), (b"\0", b"\0"), (b"\0", b"\1"), (b"\1", b"\1"):
+                with Frontend.connect(path) as frontend:
+                    frontend.negotiate(EVERYTHING)
+                    self.assertEqual(frontend.get_config(self.WRITEBACK, 1), before)
+                    frontend.set_config(self.WRITEBACK, chosen)
+
+    def test_write_through_outlives_a_reset(self) -> None:
+        """The driver may not have noticed: QEMU resets the device when the VM is stopped, and says nothing when it goes on."""
+        for name, payload in ("RESET_DEVICE", Empty()), ("SET_STATUS", U64(0)):
+            with self.subTest(name), self.disk("file", content_of(8)) as disk:
+                disk.frontend.set_config(self.WRITEBACK, b"\0")
+                self.again(disk, name, payload, EVERYTHING)
+                self.assertEqual(self.writes(disk), [1, 1, 1, 1])
+                self.again(disk, name, payload, EVERYTHING & ~FLUSH)
+                self.assertEqual(self.writes(disk), [1, 1, 1, 1])
+                self.again(disk, name, payload, EVERYTHING & ~CONFIG_WCE)
+                self.assertEqual(self.writes(disk), [0, 0, 0, 0], "it flushes whatever was chosen before")
+                self.again(disk, name, payload, EVERYTHING)
+                self.assertEqual(disk.frontend.get_config(self.WRITEBACK, 1), b"\0", "what it can read and believe")
+                disk.frontend.set_config(self.WRITEBACK, b"\1")
+                self.again(disk, name, payload, EVERYTHING)
+                self.assertEqual(self.writes(disk), [0, 0, 0, 0])
+
+    def test_firmware_that_cannot_flush_leaves_the_driver_write_back(self) -> None:
+        with self.disk("file", content_of(8), setup={"features": EVERYTHING & ~FLUSH & ~CONFIG_WCE}) as disk:
+            self.assertEqual(self.writes(disk), [1, 1, 1, 1])
+            self.again(disk, "SET_STATUS", U64(0), EVERYTHING)
+            self.assertEqual(self.writes(disk), [0, 0, 0, 0])
+
+    def again(self, disk: Disk, name: str, payload: Payload, features: int) -> None:
+        """Reset the device, and start it with these features."""
+        while disk.frontend.queues:
+            disk.frontend.stop_queue(disk.frontend.queues[0])
+        disk.frontend.request(name, payload)
+        disk.queues = list(disk.frontend.setup(features=features, memory=8 * MIB, protocol_features=~(1 << 5)))
 
     def test_writeback_is_only_there_with_its_feature(self) -> None:
         for without in CONFIG_WCE, FLUSH:

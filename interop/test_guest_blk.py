@@ -19,6 +19,21 @@ from .support import InteropTest
 
 SIZE = 48 * MIB
 
+# Our disk, which tells when it makes data durable. With `aio="sync"`.
+TELLS_WHEN_DURABLE = """
+import os, sys
+from devices import blk
+
+fdatasync = os.fdatasync
+
+def told(fd):
+    print("made durable", file=sys.stderr, flush=True)
+    fdatasync(fd)
+
+os.fdatasync = told
+sys.exit(blk.main())
+"""
+
 
 class SharedGuest(InteropTest):
     """Tests that plug their disk into one running guest; a test that fails takes the guest with it."""
@@ -119,6 +134,20 @@ class Newest(SharedGuest):
             self.assertEqual(guest.run(f"cat {cache}; echo 'write through' >{cache}; cat {cache}"), "write back\nwrite through")
             diskcheck.filesystem(guest)
             diskcheck.same_content(guest, image)
+
+    def test_write_through_outlives_a_stop_of_the_vm(self) -> None:
+        """QEMU resets the device then, and the guest notices nothing: it goes on without flushes."""
+        needs_disk("aio")
+        backend = serve_disk(self, Disk(self.image("disk.img", SIZE), aio="sync", code=TELLS_WHEN_DURABLE), self.dir / "disk.sock")
+        with self.plugged() as guest:
+            guest.run("echo 'write through' >/sys/class/block/vda/cache_type")
+            guest.qmp.execute("stop")
+            guest.qmp.execute("cont")
+            self.assertEqual(guest.run("cat /sys/class/block/vda/cache_type"), "write through")
+            before = backend.log.read_text(encoding="utf-8").count("made durable")
+            guest.run("dd if=/dev/zero of=/dev/vda bs=4k count=8 oflag=direct conv=notrunc")
+            self.assertGreaterEqual(backend.log.read_text(encoding="utf-8").count("made durable"), before + 8)
+            self.assertIn("<- SET_STATUS 0x0\n", backend.log.read_text(encoding="utf-8"), "QEMU no longer does that")
 
     def test_event_idx_off(self) -> None:
         self.exercise((INDIRECT_DESC,), without=(EVENT_IDX,), event_idx=False)
