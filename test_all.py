@@ -4682,6 +4682,47 @@ class RingStateTests(DaemonTest):
             device.complete()
             self.assertEqual(other.wait(PATIENCE), [("lives", 0)])
 
+    def test_broken_ring_waits_for_what_is_in_flight_as_well(self) -> None:
+        """rule 6: what the device had taken before the driver broke the ring is still its own, and writes guest memory."""
+        device = Later()
+        with self.connected(device) as frontend:
+            [queue] = frontend.queues
+            at = frontend.arena[0]
+            frontend.memory.write(at, b"ping")
+            queue.submit([(at, 4)], [(at + 64, 4)], "before")
+            device.holds(1)
+            frontend.memory.view(queue.driver.areas[1] + 2, 2)[:] = b"\xff\xff"
+            queue.kick()
+            self.expect_log("is broken until it is started again")
+            frontend.connection.send(REQUESTS["GET_VRING_BASE"].number, 0, pair(0, 0))
+            self.assertFalse(is_readable(frontend.connection.socket, 10 * MOMENT), "it does not wait")
+            device.complete()
+            with frontend.connection.receive(PATIENCE) as answer:
+                self.assertEqual(answer.payload, pair(0, 1))
+            self.assertEqual(queue.driver.used(), [("before", 4)])
+
+    def test_what_a_failed_device_had_is_not_waited_for_without_end(self) -> None:
+        """Nobody knows what it will still complete."""
+
+        class Fails(Later):
+            def process_queue(self, vring: VringT) -> None:
+                super().process_queue(vring)
+                if self.held:
+                    raise RuntimeError("as asked")
+
+        for completes in True, False:
+            device = Fails()
+            with self.subTest(completes=completes), self.connected(device) as frontend, mock.patch.object(vhost_user._Session, "_LOST_AFTER", 1):
+                [queue] = frontend.queues
+                queue.submit([], [(frontend.arena[0], 4)])
+                self.expect_log("ring 0: the device failed")
+                if completes:
+                    device.complete()
+                frontend.stop_queue(queue)
+                self.assertEqual(any("ring 0: 1 in flight are lost" in line for line in self._log.lines), not completes)
+                if not completes:
+                    device.complete()  # of no effect any more
+
     def test_ring_resumes_where_it_stopped(self) -> None:
         """rules 6 and 7: GET_VRING_BASE says where, and resets nothing; the used index is read from memory."""
         for packed in False, True:

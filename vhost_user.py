@@ -1686,7 +1686,7 @@ class VringEpollHandler:
                 self._calls.release()
         except Exception:
             log.exception("ring %d: the device failed", vring.index)
-            vring.fail("the device raised an exception")
+            vring.fail("the device raised an exception", by_device=True)
             return
         if more:
             self._pending.add(position)
@@ -1818,6 +1818,8 @@ class _Transfer:
 
 class _Session:
     """One connection, from the first message to the last: what was negotiated, and a handler for each request."""
+
+    _LOST_AFTER = 2  # seconds in which a device that has failed still may complete what it had
 
     def __init__(self, daemon: VhostUserDaemon, connection: Connection) -> None:
         self._daemon = daemon
@@ -2269,9 +2271,12 @@ class _Session:
         waited = 0
         if not drain:
             self._call(self._backend.cancel_in_flight, index)
-        while drain and not vring.wait_idle(0.0 if vring.broken else 1.0):
+        while drain and not vring.wait_idle(1.0):
             waited += 1
-            if gone or vring.broken or self._connection.peer_gone():
+            if gone or self._connection.peer_gone():
+                break
+            if vring.device_failed and waited >= self._LOST_AFTER:
+                log.error("ring %d: %d in flight are lost, the device has failed", index, vring.in_flight)
                 break
             log.log(logging.WARNING if waited % 5 == 0 else logging.DEBUG, "ring %d: %d in flight, waiting to stop", index, vring.in_flight)
         self._daemon.unwatch(index)

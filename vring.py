@@ -1789,6 +1789,7 @@ class VringState:
         self.enabled = False
         self.active = False
         self.broken: str | None = None
+        self.device_failed = False  # is what broke it: chains that it had may never come back
         self.serves_disabled = False
         self.turn = self.TURN  # chains of one iteration and, nearly, of one drain: then others get at the ring, and the worker at its other rings
         self.wake: Callable[[], None] = lambda: None  # makes the ring's worker look at it
@@ -2152,9 +2153,10 @@ class VringState:
             self._quiet_until = now + 1.0
             log.warning("ring %d: %s (complaint %d)", self.index, text, self._complaints)
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, by_device: bool = False) -> None:
         """Break the ring until it is started again: log why, and signal its err eventfd."""
         with self.get_mut():
+            self.device_failed |= by_device
             if self.broken is None:
                 self.broken = reason
                 self.active = False
@@ -2302,6 +2304,7 @@ class VringState:
         with self.get_mut():
             if not self.started:
                 self.broken = None
+                self.device_failed = False
             self.started = True
             self._settle()
 
@@ -2341,7 +2344,7 @@ class VringState:
         """Stop, disable and forget all configuration: as new, but for the err eventfd."""
         with self.get_mut():
             self.stop()
-            self.enabled = self._ready = False
+            self.enabled = self._ready = self.device_failed = False
             self.broken = self._info = self._inflight = self._log = self._log_used_at = self._iotlb = self._big_endian = None
             self._base = self._features = 0
             self._size = self.max_queue_size
