@@ -2614,6 +2614,52 @@ class RecoveryTests(CoreTest):
         self.assertFalse(again.fresh)
         self.assertEqual(again.recover(3), [5])
 
+    def test_packed_batch_that_was_not_shown(self) -> None:
+        """rule 20: Killed before the first of three used descriptors was written: the driver sees nothing of the others in the next life."""
+        memory = GuestMemoryMmap.from_ranges([(RAM, 16 * PAGE)])
+        areas = areas_at(RAM, PackedDriverQueue, 4)
+        driver = PackedDriverQueue(memory, 4, areas, PACKED)
+        region = memoryview(bytearray(PackedInflight.bytes_for(4)))
+
+        class Killed(BaseException):
+            """Just before this store."""
+
+        class Words:
+            def __init__(self, words: memoryview, first: int) -> None:
+                self.words = words
+                self.first = first
+
+            def __setitem__(self, at: int, value: int) -> None:
+                if at == self.first:
+                    raise Killed
+                self.words[at] = value
+
+        def life() -> VringState:
+            vring = VringState(GuestMemoryAtomic(memory), 4)
+            vring.set_queue_features(PACKED)
+            vring.set_queue_size(4)
+            vring.set_queue_info(*areas)
+            vring.set_queue_ready(True)
+            vring.set_inflight(region)
+            vring.set_enabled(True)
+            vring.start()
+            return vring
+
+        for lap in range(3):  # the last one of them over the end of the ring
+            for number in range(3):
+                driver.add([], [(RAM + 8 * PAGE, 4)], (lap, number))
+                driver.publish()
+            vring = life()
+            queue: Any = vring.queue
+            queue._words = Words(queue._words, 2 * queue.used_index + 1)
+            with self.assertRaises(Killed):
+                vring.add_used_all(list(vring))
+            self.assertEqual(driver.used(), [])
+            vring = life()
+            for number, chain in enumerate(list(vring)):
+                vring.add_used(chain, number)
+                self.assertEqual(driver.used(), [((lap, number), number)])
+
     def test_in_the_order_in_which_they_were_taken(self) -> None:
         """rule 19"""
         area = memoryview(bytearray(SplitInflight.bytes_for(8)))

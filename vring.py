@@ -1335,12 +1335,23 @@ class PackedQueue(Queue):
         if self._next_used >= self.size or count > self.size:
             raise VringError(f"the in-flight region has position {self._next_used} and {count} descriptors of a queue of {self.size}")
         self._next_avail, self._avail_wrap = self._step(self._next_used, self._used_wrap, count)
+        self._take_back(count)
         for token, content in kept:
             try:
                 self._again.append(self._parse_kept(token, content))
             except _MalformedChain as reason:
                 self._reject(token, reason)
                 self.outstanding += token >> 16
+
+    def _take_back(self, count: int) -> None:
+        """Have none of the next `count` descriptors look used. The last life may have ended within a batch, with all but the first written: as soon
+        as that one was used, the driver would take the others for what is used now."""
+        position, wrap = self._next_used, self._used_wrap
+        for _ in range(count):
+            flags = self._load(self._flags, 8 * position + 7)
+            if flags & PACKED_F_BOTH == (PACKED_F_BOTH if wrap else 0):
+                self._store(self._flags, 8 * position + 7, flags & ~PACKED_F_BOTH | (PACKED_F_AVAIL if wrap else PACKED_F_USED))
+            position, wrap = self._step(position, wrap, 1)
 
     def _parse_kept(self, token: int, content: bytes) -> DescriptorChain:
         """A chain from the in-flight region, which kept its descriptors."""
