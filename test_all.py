@@ -2519,7 +2519,7 @@ class NotificationTests(RingTest):
             self.assertEqual(ring.calls(), 1)
 
 
-class RecoveryTests(CoreTest):
+class RecoveryTests(DaemonTest):
     """In-flight tracking: a back-end that dies at any instruction, under completion out of order, and its next life."""
 
     SIZE = 16
@@ -2671,14 +2671,70 @@ class RecoveryTests(CoreTest):
 
     def test_hostile_region(self) -> None:
         """Links that lead anywhere: no exception but VringError, no hang."""
+        recovered = 0
         with self.seeded() as random_:
-            for _ in range(300):
+            for number in range(400):
                 for kind, recover in (SplitInflight, lambda t: t.recover(7)), (PackedInflight, lambda t: t.recover(lambda position: 0)):
                     area = memoryview(bytearray(random_.randbytes(kind.bytes_for(8))))
+                    if number % 2:  # small numbers
+                        area[:] = bytes(byte % 9 if at % 2 == 0 else 0 for at, byte in enumerate(area))
                     area[8:12] = struct.pack("=HH", 1, 8)
-                    recover(kind(area, 8))
+                    with contextlib.suppress(VringError):
+                        recover(kind(area, 8))
+                        recovered += 1
+        self.assertGreater(recovered, 0)
         with self.assertRaisesRegex(VringError, "for a queue of 8, this one has 16"):
             SplitInflight(memoryview(bytearray(area[:0].tobytes() + bytes(8) + struct.pack("=HH", 1, 8) + bytes(500))), 16)
+
+    def test_region_that_is_spoiled_while_the_ring_runs(self) -> None:
+        """It concerns the next life alone: requests come back, and the ring stops."""
+        for features, kind, base in (0, SplitDriverQueue, 0), (PACKED, PackedDriverQueue, 0x80008000):
+            device = Later()
+            with self.seeded(packed=bool(features)) as random_, self.serving(device) as served, served.connect() as frontend:
+                frontend.negotiate(VERSION_1 | features)
+                rig = Rig(frontend, share=True)
+                region, fd = frontend.get_inflight(1, rig.size)
+                self.addCleanup(os.close, fd)
+                frontend.set_inflight(region, fd)
+                driver = kind(rig.memory, rig.size, areas_at(RAM, kind, rig.size), frontend.features)
+                queue = frontend.start_queue(0, driver, base)
+                for number in range(100):
+                    for part in range(3):
+                        queue.submit([(RAM + 0x8000, 4)], [(RAM + 0x9000, 4)], (number, part))
+                    device.holds(3)
+                    os.pwrite(fd, random_.randbytes(region.mmap_size), 0)
+                    while device.held:
+                        device.complete(random_.randrange(len(device.held)))
+                    back = 0
+                    while back < 3:
+                        back += len(queue.wait())
+                frontend.stop_queue(queue)
+
+    def test_entries_are_used_again(self) -> None:
+        """Many times as many as there are; put back too. A later life takes up just what is in flight."""
+        size = 8
+        area = memoryview(bytearray(PackedInflight.bytes_for(size)))
+        tracker = PackedInflight(area, size)
+        tracker.begin(1 << 15)
+        with self.seeded() as random_:
+            held: list[tuple[int, bytes]] = []
+            position, wrap = 0, 1
+            for number in range(500):
+                count = random_.randrange(1, 4)
+                if sum(token >> 16 for token, _ in held) + count <= size:
+                    identity = next(i for i in range(size) if i not in [token & 0xFFFF for token, _ in held])
+                    content = b"".join(struct.pack("<QIHH", number, n, identity, 0) for n in range(count))
+                    held.append((count << 16 | identity, content))
+                    tracker.note_taken(held[-1:])
+                    if random_.random() < 0.2:
+                        tracker.note_put_back([held.pop()[0]])
+                elif held:
+                    token, _ = held.pop(random_.randrange(len(held)))
+                    position += token >> 16
+                    position, wrap = position % size, wrap ^ (position >= size)
+                    tracker.note_published(tracker.note_used([token], position | wrap << 15))
+                again = PackedInflight(memoryview(bytearray(area)), size)
+                self.assertEqual(again.recover(lambda position: 0), (held, position | wrap << 15))
 
 
 REQUEST_HEADER = struct.Struct("<IIQ")

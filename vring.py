@@ -33,6 +33,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import chain as concatenate
 from typing import TYPE_CHECKING, Any, ContextManager, Literal, Protocol
 
 if TYPE_CHECKING or not __package__:
@@ -360,6 +361,12 @@ class InflightTracker(ABC):
     def _reset(self) -> None:
         """Initial values, in a region of zeroes."""
 
+    def _continue_counter(self, counters: Iterable[int]) -> None:
+        """Behind those of what is in flight. Raises VringError when no life could have counted so far."""
+        self._counter = max(counters, default=0) + 1
+        if self._counter >> 63:
+            raise VringError(f"the in-flight region has counted to {self._counter - 1:#x}")
+
 
 class SplitInflight(InflightTracker):
     """Of a split queue (QueueRegionSplit, DescStateSplit): entries by head descriptor."""
@@ -371,7 +378,7 @@ class SplitInflight(InflightTracker):
         pass
 
     def recover(self, used_index: int) -> list[int]:
-        """What was in flight at the end of the life before, in the order in which it was taken: head descriptors.
+        """What was in flight at the end of the life before, in the order in which it was taken: head descriptors. Raises VringError.
 
         Finishes the batch that was being published then: all of its entries, not the last one alone."""
         u8, u16, u64, size = self._u8, self._u16, self._u64, self._size
@@ -384,7 +391,7 @@ class SplitInflight(InflightTracker):
         u16[self._USED_IDX] = used_index
         heads = [head for head in range(size) if u8[16 + 16 * head]]
         heads.sort(key=lambda head: u64[3 + 2 * head])
-        self._counter = max((u64[3 + 2 * head] for head in heads), default=0) + 1
+        self._continue_counter(u64[3 + 2 * head] for head in heads)
         return heads
 
     def note_taken(self, heads: Iterable[int]) -> None:
@@ -418,7 +425,10 @@ class SplitInflight(InflightTracker):
 
 
 class PackedInflight(InflightTracker):
-    """Of a packed queue (QueueRegionPacked, DescStatePacked): entries in a free list; they keep the descriptors, which the ring does not."""
+    """Of a packed queue (QueueRegionPacked, DescStatePacked): entries in a free list; they keep the descriptors, which the ring does not.
+
+    What the region says of the free list and of chains is read once, and checked (`recover`). From then on it is written alone: the front-end may
+    spoil it at any time, which then concerns the next life."""
 
     HEADER, ENTRY = 32, 32
     _FREE_HEAD, _OLD_FREE_HEAD, _USED_IDX, _OLD_USED_IDX = 6, 7, 8, 9  # items of the u16 view
@@ -432,6 +442,9 @@ class PackedInflight(InflightTracker):
     def __init__(self, area: memoryview, size: int) -> None:
         super().__init__(area, size)
         self._entries: dict[int, list[int]] = {}  # by buffer id: entries in flight, the oldest first
+        self._next = list(range(1, size + 1))  # by entry: the next one of its chain, or of the free list
+        self._last = [0] * size  # by a chain's first entry: its last one
+        self._free_head = 0
 
     def begin(self, used: int) -> None:
         """A new region's ring begins at this used position, with its wrap counter in bit 15."""
@@ -443,64 +456,65 @@ class PackedInflight(InflightTracker):
 
     def recover(self, ring_flags: Callable[[int], int]) -> tuple[list[tuple[int, bytes]], int]:
         """What was in flight, in the order in which it was taken: (token, descriptors) each; and the next used position, with its wrap
-        counter in bit 15. `ring_flags`: the flags of a ring's descriptor as they stand."""
+        counter in bit 15. `ring_flags`: the flags of a ring's descriptor as they stand. Raises VringError when the region does not hold together."""
         u8, u16, size = self._u8, self._u16, self._size
         if (u16[self._USED_IDX], u8[self._USED_WRAP]) != (u16[self._OLD_USED_IDX], u8[self._OLD_USED_WRAP]):
             position, wrap = u16[self._OLD_USED_IDX], u8[self._OLD_USED_WRAP]
             available = PACKED_F_AVAIL if wrap else PACKED_F_USED
             if position < size and ring_flags(position) & PACKED_F_BOTH != available:
+                self._free_head = u16[self._FREE_HEAD]
                 self._commit()  # the driver has seen them
-        u16[self._FREE_HEAD] = u16[self._OLD_FREE_HEAD]
         u16[self._USED_IDX] = u16[self._OLD_USED_IDX]
         u8[self._USED_WRAP] = u8[self._OLD_USED_WRAP]
-        index = u16[self._FREE_HEAD]
-        for _ in range(size):
-            if index >= size:
-                break
+        self._free_head = u16[self._FREE_HEAD] = u16[self._OLD_FREE_HEAD]
+        self._next = [u16[17 + 16 * index] for index in range(size)]
+        free = self._chain(self._free_head, size)
+        for index in free:
             u8[32 + 32 * index] = 0
-            index = u16[17 + 16 * index]
         heads = [index for index in range(size) if u8[32 + 32 * index]]
         heads.sort(key=lambda index: self._u64[5 + 4 * index])
-        self._counter = max((self._u64[5 + 4 * index] for index in heads), default=0) + 1
-        found = [self._kept(index) for index in heads]
-        for index, (token, _) in zip(heads, found):
-            self._entries.setdefault(token & 0xFFFF, []).append(index)
-        return found, u16[self._USED_IDX] | u8[self._USED_WRAP] << 15
+        self._continue_counter(self._u64[5 + 4 * index] for index in heads)
+        chains = [self._chain(head, u16[19 + 16 * head]) for head in heads]
+        if not all(chains) or sorted([*free, *concatenate.from_iterable(chains)]) != list(range(size)):
+            raise VringError("the in-flight region does not hold together: not each entry is either free or of one chain")
+        found = []
+        for chain in chains:
+            descriptors = bytearray()
+            for index in chain:
+                identity, flags = u16[24 + 16 * index], u16[25 + 16 * index]
+                descriptors += _DESCRIPTOR.pack(self._u64[7 + 4 * index], self._u32[13 + 8 * index], identity, flags)
+            self._last[chain[0]] = index
+            self._entries.setdefault(identity, []).append(chain[0])
+            found.append((len(chain) << 16 | identity, bytes(descriptors)))
+        return found, u16[self._USED_IDX] & 0x7FFF | (u8[self._USED_WRAP] & 1) << 15
 
-    def _kept(self, head: int) -> tuple[int, bytes]:
-        """(token, descriptors) of the chain that begins at an entry."""
-        u16, content, index = self._u16, bytearray(), head
-        count = min(u16[19 + 16 * head], self._size)
-        identity = 0
-        for _ in range(count):
-            if index >= self._size:
-                break
-            identity = u16[24 + 16 * index]
-            flags, length, address = u16[25 + 16 * index], self._u32[13 + 8 * index], self._u64[7 + 4 * index]
-            content += _DESCRIPTOR.pack(address, length, identity, flags)
-            index = u16[17 + 16 * index]
-        return count << 16 | identity, bytes(content)
+    def _chain(self, index: int, count: int) -> list[int]:
+        """Up to `count` entries from one on, as long as they are any."""
+        chain: list[int] = []
+        while index < self._size and len(chain) < count:
+            chain.append(index)
+            index = self._next[index]
+        return chain
 
     def note_taken(self, chains: Iterable[tuple[int, bytes]]) -> None:
         """These are in flight from here on: (token, descriptors) each."""
-        u8, u16, u32, u64 = self._u8, self._u16, self._u32, self._u64
+        u8, u16, u32, u64, following = self._u8, self._u16, self._u32, self._u64, self._next
         for token, content in chains:
-            head = u16[self._OLD_FREE_HEAD]
+            head = index = free = self._free_head
             u16[19 + 16 * head] = 0
             u64[5 + 4 * head] = self._counter
             self._counter += 1
             u8[32 + 32 * head] = 1
-            index = head
             for count, (address, length, identity, flags) in enumerate(_DESCRIPTOR.iter_unpack(content), 1):
-                index = u16[self._FREE_HEAD]
+                index = free
                 u16[19 + 16 * head] = count
                 u64[7 + 4 * index] = address
                 u32[13 + 8 * index] = length
                 u16[25 + 16 * index] = flags
                 u16[24 + 16 * index] = identity
-                u16[self._FREE_HEAD] = u16[17 + 16 * index]
-            u16[18 + 16 * head] = index
-            u16[self._OLD_FREE_HEAD] = u16[self._FREE_HEAD]
+                u16[self._FREE_HEAD] = free = following[index]
+            u16[18 + 16 * head] = self._last[head] = index
+            u16[self._OLD_FREE_HEAD] = self._free_head = free
             self._entries.setdefault(token & 0xFFFF, []).append(head)
 
     def note_put_back(self, tokens: Iterable[int]) -> None:
@@ -508,13 +522,13 @@ class PackedInflight(InflightTracker):
         for token in tokens:
             head = self._entries[token & 0xFFFF].pop()
             self._free(head)
-            self._u16[self._OLD_FREE_HEAD] = self._u16[self._FREE_HEAD]  # first: one that is neither free nor in flight would be lost
+            self._u16[self._OLD_FREE_HEAD] = head  # first: one that is neither free nor in flight would be lost
             self._u8[32 + 32 * head] = 0
 
     def _free(self, head: int) -> None:
-        u16 = self._u16
-        u16[17 + 16 * u16[18 + 16 * head]] = u16[self._FREE_HEAD]
-        u16[self._FREE_HEAD] = head
+        last = self._last[head]
+        self._u16[17 + 16 * last] = self._next[last] = self._free_head
+        self._u16[self._FREE_HEAD] = self._free_head = head
 
     def note_used(self, tokens: Iterable[int], used: int) -> list[int]:
         """These are about to be published; `used` is the position after that, with its wrap counter in bit 15. Returns their entries."""
@@ -538,7 +552,7 @@ class PackedInflight(InflightTracker):
 
     def _commit(self) -> None:
         u8, u16 = self._u8, self._u16
-        u16[self._OLD_FREE_HEAD] = u16[self._FREE_HEAD]
+        u16[self._OLD_FREE_HEAD] = self._free_head
         u16[self._OLD_USED_IDX] = u16[self._USED_IDX]
         u8[self._OLD_USED_WRAP] = u8[self._USED_WRAP]
 
