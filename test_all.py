@@ -2519,6 +2519,27 @@ class NotificationTests(RingTest):
             self.assertEqual(ring.calls(), 1)
 
 
+class _Killed(BaseException):
+    """The end of a life."""
+
+
+class _Mortal:
+    """Memory of a life that ends before the store behind the next `left[0]` ones."""
+
+    def __init__(self, view: memoryview, left: list[int]) -> None:
+        self.view = view
+        self.left = left
+
+    def __getitem__(self, at: int) -> Any:
+        return self.view[at]
+
+    def __setitem__(self, at: int, value: int) -> None:
+        if not self.left[0]:
+            raise _Killed
+        self.left[0] -= 1
+        self.view[at] = value
+
+
 class RecoveryTests(DaemonTest):
     """In-flight tracking: a back-end that dies at any instruction, under completion out of order, and its next life."""
 
@@ -2614,6 +2635,75 @@ class RecoveryTests(DaemonTest):
         self.assertFalse(again.fresh)
         self.assertEqual(again.recover(3), [5])
 
+    def life(self, memory: GuestMemoryMmap, areas: tuple[int, int, int], size: int, features: int, region: memoryview) -> VringState:
+        """A back-end's, begun with what the one before has left."""
+        vring = VringState(GuestMemoryAtomic(memory), size)
+        vring.set_queue_features(features)
+        vring.set_queue_info(*areas)
+        vring.set_queue_ready(True)
+        vring.set_inflight(region)
+        vring.set_enabled(True)
+        vring.start()
+        return vring
+
+    def test_killed_before_every_store(self) -> None:
+        """rules 19 and 20: In the region and in the used ring, at every position of the ring: each chain is used once, in this life or the next."""
+        for kind, features, size in (SplitDriverQueue, 0, 8), (PackedDriverQueue, PACKED, 7):
+            tracker: type[Any] = PackedInflight if features else SplitInflight
+            for before in range(size):
+                for stores in range(200):
+                    with self.subTest(kind, before=before, stores=stores):
+                        memory = GuestMemoryMmap.from_ranges([(RAM, 16 * PAGE)])
+                        areas = areas_at(RAM, kind, size)
+                        driver = kind(memory, size, areas, features)
+                        region = memoryview(bytearray(tracker.bytes_for(size)))
+                        vring = self.life(memory, areas, size, features, region)
+                        for number in range(before):
+                            driver.add([], [(RAM + 8 * PAGE, 4)] * 2, number)
+                            driver.publish()
+                            vring.add_used_all(list(vring))
+                            self.assertEqual(driver.used(), [(number, 8)])
+                        for number, parts in enumerate((2, 3, 1)):
+                            driver.add([], [(RAM + 8 * PAGE, 4)] * parts, number)
+                            driver.publish()
+                        left = [stores]
+                        begin = tracker.__init__
+
+                        def mortal(self: Any, *arguments: Any, begin: Callable[..., None] = begin, left: list[int] = left) -> None:
+                            begin(self, *arguments)
+                            self._u8, self._u16, self._u32, self._u64 = (_Mortal(view, left) for view in (self._u8, self._u16, self._u32, self._u64))
+
+                        killed = True
+                        with contextlib.suppress(_Killed), mock.patch.object(tracker, "__init__", mortal):
+                            vring = self.life(memory, areas, size, features, region)
+                            queue: Any = vring.queue
+                            if features:
+                                queue._words = _Mortal(queue._words, left)
+                            else:
+                                queue._used16 = _Mortal(queue._used16, left)
+                            taking: Any = iter(vring)
+                            chains = [next(taking), next(taking)]
+                            taking.close()  # the third is put back
+                            chains += list(vring)
+                            with vring.batch():
+                                vring.add_used(chains[2], 2)
+                                vring.add_used(chains[0], 0)
+                            vring.add_used(chains[1], 1)
+                            killed = False
+                        used = driver.used()
+                        vring = self.life(memory, areas, size, features, region)
+                        for chain in reversed(list(vring)):
+                            vring.add_used(chain, 0)
+                            used += driver.used()
+                        self.assertEqual(sorted(token for token, _ in used), [0, 1, 2])  # type: ignore[type-var]
+                        driver.add([], [(RAM + 8 * PAGE, 4)], "after all that")
+                        driver.publish()
+                        vring.add_used_all(list(vring))
+                        self.assertEqual(driver.used(), [("after all that", 4)])
+                        self.assertEqual(driver.free, size)
+                    if not killed:
+                        break
+
     def test_packed_batch_that_was_not_shown(self) -> None:
         """rule 20: Killed before the first of three used descriptors was written: the driver sees nothing of the others in the next life."""
         memory = GuestMemoryMmap.from_ranges([(RAM, 16 * PAGE)])
@@ -2621,41 +2711,17 @@ class RecoveryTests(DaemonTest):
         driver = PackedDriverQueue(memory, 4, areas, PACKED)
         region = memoryview(bytearray(PackedInflight.bytes_for(4)))
 
-        class Killed(BaseException):
-            """Just before this store."""
-
-        class Words:
-            def __init__(self, words: memoryview, first: int) -> None:
-                self.words = words
-                self.first = first
-
-            def __setitem__(self, at: int, value: int) -> None:
-                if at == self.first:
-                    raise Killed
-                self.words[at] = value
-
-        def life() -> VringState:
-            vring = VringState(GuestMemoryAtomic(memory), 4)
-            vring.set_queue_features(PACKED)
-            vring.set_queue_size(4)
-            vring.set_queue_info(*areas)
-            vring.set_queue_ready(True)
-            vring.set_inflight(region)
-            vring.set_enabled(True)
-            vring.start()
-            return vring
-
         for lap in range(3):  # the last one of them over the end of the ring
             for number in range(3):
                 driver.add([], [(RAM + 8 * PAGE, 4)], (lap, number))
                 driver.publish()
-            vring = life()
+            vring = self.life(memory, areas, 4, PACKED, region)
             queue: Any = vring.queue
-            queue._words = Words(queue._words, 2 * queue.used_index + 1)
-            with self.assertRaises(Killed):
+            queue._words = _Mortal(queue._words, [2])
+            with self.assertRaises(_Killed):
                 vring.add_used_all(list(vring))
             self.assertEqual(driver.used(), [])
-            vring = life()
+            vring = self.life(memory, areas, 4, PACKED, region)
             for number, chain in enumerate(list(vring)):
                 vring.add_used(chain, number)
                 self.assertEqual(driver.used(), [((lap, number), number)])

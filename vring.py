@@ -431,13 +431,13 @@ class PackedInflight(InflightTracker):
     spoil it at any time, which then concerns the next life."""
 
     HEADER, ENTRY = 32, 32
-    _FREE_HEAD, _OLD_FREE_HEAD, _USED_IDX, _OLD_USED_IDX = 6, 7, 8, 9  # items of the u16 view
-    _USED_WRAP, _OLD_USED_WRAP = 20, 21  # of the u8 view
+    _FREE_HEAD, _OLD_FREE_HEAD = 6, 7  # items of the u16 view
+    _POSITIONS = struct.Struct("=HHBB2x")  # item 2 of the u64 view: used_idx, old_used_idx, used_wrap_counter, old_used_wrap_counter
 
     def _reset(self) -> None:
         for index in range(self._size):
             self._u16[17 + 16 * index] = index + 1
-        self._u8[self._USED_WRAP] = self._u8[self._OLD_USED_WRAP] = 1
+        self._set_used(1 << 15, 1 << 15)
 
     def __init__(self, area: memoryview, size: int) -> None:
         super().__init__(area, size)
@@ -445,11 +445,16 @@ class PackedInflight(InflightTracker):
         self._next = list(range(1, size + 1))  # by entry: the next one of its chain, or of the free list
         self._last = [0] * size  # by a chain's first entry: its last one
         self._free_head = 0
+        self._used = 1 << 15  # the used position, with its wrap counter in bit 15, when all that was about to be published has been
+
+    def _set_used(self, used: int, old: int) -> None:
+        # All of it in one store: a position with the other lap's wrap counter is somewhere else.
+        positions = self._POSITIONS.pack(used & 0x7FFF, old & 0x7FFF, used >> 15, old >> 15)
+        self._u64[2] = int.from_bytes(positions, sys.byteorder)
 
     def begin(self, used: int) -> None:
         """A new region's ring begins at this used position, with its wrap counter in bit 15."""
-        self._u16[self._USED_IDX] = used & 0x7FFF
-        self._u8[self._USED_WRAP] = used >> 15
+        self._used = used
         self._commit()
 
     # Entry i begins at byte 32 + 32 i: u8 inflight, u8, u16 next, u16 last, u16 num, u64 counter, u16 id, u16 flags, u32 len, u64 addr.
@@ -458,15 +463,14 @@ class PackedInflight(InflightTracker):
         """What was in flight, in the order in which it was taken: (token, descriptors) each; and the next used position, with its wrap
         counter in bit 15. `ring_flags`: the flags of a ring's descriptor as they stand. Raises VringError when the region does not hold together."""
         u8, u16, size = self._u8, self._u16, self._size
-        if (u16[self._USED_IDX], u8[self._USED_WRAP]) != (u16[self._OLD_USED_IDX], u8[self._OLD_USED_WRAP]):
-            position, wrap = u16[self._OLD_USED_IDX], u8[self._OLD_USED_WRAP]
+        used_idx, position, used_wrap, wrap = self._POSITIONS.unpack(self._u64[2].to_bytes(8, sys.byteorder))
+        self._used, self._free_head = position & 0x7FFF | (wrap & 1) << 15, u16[self._OLD_FREE_HEAD]
+        if (used_idx, used_wrap) != (position, wrap):
             available = PACKED_F_AVAIL if wrap else PACKED_F_USED
-            if position < size and ring_flags(position) & PACKED_F_BOTH != available:
-                self._free_head = u16[self._FREE_HEAD]
-                self._commit()  # the driver has seen them
-        u16[self._USED_IDX] = u16[self._OLD_USED_IDX]
-        u8[self._USED_WRAP] = u8[self._OLD_USED_WRAP]
-        self._free_head = u16[self._FREE_HEAD] = u16[self._OLD_FREE_HEAD]
+            if position < size and ring_flags(position) & PACKED_F_BOTH != available:  # the driver has seen them
+                self._used, self._free_head = used_idx & 0x7FFF | (used_wrap & 1) << 15, u16[self._FREE_HEAD]
+        u16[self._FREE_HEAD] = self._free_head
+        self._commit()
         self._next = [u16[17 + 16 * index] for index in range(size)]
         free = self._chain(self._free_head, size)
         for index in free:
@@ -486,7 +490,7 @@ class PackedInflight(InflightTracker):
             self._last[chain[0]] = index
             self._entries.setdefault(identity, []).append(chain[0])
             found.append((len(chain) << 16 | identity, bytes(descriptors)))
-        return found, u16[self._USED_IDX] & 0x7FFF | (u8[self._USED_WRAP] & 1) << 15
+        return found, self._used
 
     def _chain(self, index: int, count: int) -> list[int]:
         """Up to `count` entries from one on, as long as they are any."""
@@ -540,8 +544,8 @@ class PackedInflight(InflightTracker):
                 del self._entries[identity]
             self._free(head)
             heads.append(head)
-        self._u16[self._USED_IDX] = used & 0x7FFF
-        self._u8[self._USED_WRAP] = used >> 15
+        self._set_used(used, self._used)
+        self._used = used
         return heads
 
     def note_published(self, heads: Iterable[int]) -> None:
@@ -551,10 +555,8 @@ class PackedInflight(InflightTracker):
         self._commit()
 
     def _commit(self) -> None:
-        u8, u16 = self._u8, self._u16
-        u16[self._OLD_FREE_HEAD] = self._free_head
-        u16[self._OLD_USED_IDX] = u16[self._USED_IDX]
-        u8[self._OLD_USED_WRAP] = u8[self._USED_WRAP]
+        self._u16[self._OLD_FREE_HEAD] = self._free_head
+        self._set_used(self._used, self._used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
