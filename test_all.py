@@ -2059,6 +2059,36 @@ class CompletionTests(RingTest):
             ring.vring.add_used(chain, 4)
             self.assertEqual((ring.returned(), ring.vring.in_flight), ([], 0))
 
+    def test_ring_that_is_stopped_while_a_chain_is_completed(self) -> None:
+        """By another thread, at any point of add_used: the chain is dropped. Nothing of it comes back when the ring has started again, and nobody
+        looks for it without end."""
+        cases = ((*case, ring) for case in itertools.product((False, True), repeat=2) for ring in self.rings(kind=VringMutex))
+        for restarts, many, ring in cases:
+            ring.request()
+            [chain] = ring.vring
+
+            def stop(ring: RawRing = ring, restarts: bool = restarts) -> None:
+                ring.vring.stop()
+                if restarts:
+                    ring.vring.start()
+
+            class Interrupted(type(ring.vring.queue)):  # type: ignore[misc]  # mypy knows no class whose base is computed
+                @property
+                def log(self, stop: Callable[[], None] = stop) -> None:
+                    thread = threading.Thread(target=stop)
+                    thread.start()
+                    thread.join(PATIENCE)
+
+            queue: Any = ring.vring.queue
+            del queue.__dict__["log"]
+            queue.__class__ = Interrupted
+            completing = self.in_thread(lambda: ring.vring.add_used_all([chain]) if many else ring.vring.add_used(chain, 4))  # noqa: B023
+            completing.join(PATIENCE)
+            self.assertFalse(completing.is_alive(), "it spins")
+            self.assertEqual((ring.returned(), ring.vring.in_flight), ([], 0))
+            ring.vring.start()
+            self.assertEqual((ring.returned(), ring.vring.in_flight), ([], 0))
+
     def test_batches(self) -> None:
         """All of a batch is the device's; what it completes of one is published before it has the next."""
         for features in 0, INDIRECT, IN_ORDER:

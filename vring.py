@@ -2023,11 +2023,11 @@ class VringState:
                 if queue.in_order:
                     queue.complete_in_order(chain, length)
                 else:
-                    self._completed.extend((chain._token, length))
+                    queue.completed.extend((chain._token, length))
             finally:
                 self._lock.release()
         else:
-            self._completed.extend((chain._token, length))
+            queue.completed.extend((chain._token, length))  # of this one, though another thread may stop the ring just now
         if not self._depth:
             self._flush_late()
 
@@ -2038,7 +2038,7 @@ class VringState:
             for chain in chains:
                 self.add_used(chain, chain.writable_len)
             return
-        extend = self._completed.extend
+        extend = queue.completed.extend
         for chain in chains:
             if chain._holder is queue:
                 chain._holder = None
@@ -2122,7 +2122,7 @@ class VringState:
         """The same without the lock. Whoever has it will see `_completed` when it lets go: nobody waits here."""
         while self._completed and self._lock.acquire(wait=False):
             try:
-                if self._depth:
+                if self._depth or self._queue is None:
                     return
                 self._flush()
             finally:
