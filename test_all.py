@@ -5219,6 +5219,18 @@ class DirtyLogTests(DaemonTest):
             queue.wait(PATIENCE)
             self.assertNotIn(5, self.logged(view))
 
+    def test_ring_that_is_stopped_before_a_chain_is_published(self) -> None:
+        """What the device has written into it is marked."""
+        for packed in False, True:
+            with RawRing(packed, kind=VringMutex) as ring:
+                log = memoryview(bytearray(1 << 18))
+                ring.vring.set_log(DirtyLog(log))
+                ring.request()
+                [chain] = ring.vring
+                with mock.patch.object(ring.vring, "_flush_late", ring.vring.stop):
+                    ring.vring.add_used(chain, 4)
+                self.assertEqual((ring.returned(), self.logged(log)), ([], {DATA // 0x1000}))
+
     def test_log_that_is_too_small(self) -> None:
         """Pages beyond it are not marked, and nothing beyond it is written."""
         log = GuestMemoryMmap.from_ranges([(0, PAGE)])

@@ -2359,6 +2359,8 @@ class VringState:
             self.started = False
             if self._queue:
                 self._base = self._queue.base
+                if self._log:
+                    self._log.commit()  # what was written into chains that are lost to the driver is written all the same
             self._queue = None
             self._completed = []
             self._settle()
