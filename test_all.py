@@ -6830,17 +6830,28 @@ class ChannelTests(DaemonTest):
             wait_until(queue.driver.used, "the answer")
             assert frontend.channel
             self.assertFalse(is_readable(frontend.channel.socket, MOMENT))
+            frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
+            got = self.answering(frontend, 1)
+            frontend.request("VRING_KICK", VringStatePayload(0, 0))
+            queue.driver.add([], [(frontend.arena[0], 4)], "in band, when it has started again")
+            queue.driver.publish()
+            frontend.request("VRING_KICK", VringStatePayload(0, 0))
+            wait_until(lambda: got, "the call")
 
     def test_vring_err(self) -> None:
-        with self.whole() as (_, _, frontend):
-            queue = frontend.queues[0]
-            frontend.request("SET_VRING_ERR", VringFd(VringFd.NO_FD))
-            got = self.answering(frontend, 1)
-            frontend.memory.view(queue.driver.areas[1] + 2, 2)[:] = b"\xff\xff"  # an available index that cannot be
-            queue.kick()
-            wait_until(lambda: got, "the error")
-            self.assertEqual((got[0].name, got[0].payload), ("VRING_ERR", VringStatePayload(0, 0)))
-            self.expect_log("ring 0 is broken")
+        """Whether or not the front-end polls for what is used."""
+        for polls in False, True:
+            with self.subTest(polls=polls), self.whole() as (_, _, frontend):
+                queue = frontend.queues[0]
+                frontend.request("SET_VRING_ERR", VringFd(VringFd.NO_FD))
+                if polls:
+                    frontend.request("SET_VRING_CALL", VringFd(VringFd.NO_FD))
+                got = self.answering(frontend, 1)
+                frontend.memory.view(queue.driver.areas[1] + 2, 2)[:] = b"\xff\xff"  # an available index that cannot be
+                queue.kick()
+                wait_until(lambda: got, "the error")  # noqa: B023
+                self.assertEqual((got[0].name, got[0].payload), ("VRING_ERR", VringStatePayload(0, 0)))
+                self.expect_log("ring 0 is broken")
 
     @staticmethod
     def fresh_driver(driver: DriverQueue, frontend: Frontend) -> DriverQueue:

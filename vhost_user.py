@@ -2233,9 +2233,7 @@ class _Session:
 
     def _set_vring_call(self, payload: VringFd, message: Message) -> None:
         vring = self._ring(payload.index)
-        vring.set_call(self._optional_fd(payload, message))
-        if not payload.has_fd:
-            vring.notify = None  # the front-end polls, in-band notifications or not
+        vring.set_call(self._optional_fd(payload, message), polled=not payload.has_fd)
 
     def _set_vring_err(self, payload: VringFd, message: Message) -> None:
         self._ring(payload.index).set_err(self._optional_fd(payload, message))

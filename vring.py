@@ -1844,6 +1844,7 @@ class VringState:
         self._kick: int | None = None
         self._call: int | None = None
         self._write_call: Callable[[int, bytes], int] = os.write
+        self._call_polled = False  # the front-end looks at the ring by itself
         self._call_room = select.poll()  # tells whether the call eventfd can be written without waiting
         self._writing: int | None = None  # an eventfd that the lock's holder writes
         self._err: int | None = None
@@ -2151,7 +2152,7 @@ class VringState:
 
     def _signal(self) -> None:
         if self._call is None:
-            if self.notify:
+            if self.notify and not self._call_polled:
                 self.notify("VRING_CALL")
         # A full one would block the write: it is signalled already.
         elif self._call_room.poll(0):
@@ -2412,11 +2413,11 @@ class VringState:
             _close(self._kick)
             self._kick = fd
 
-    def set_call(self, fd: int | None) -> None:
-        """As set_kick. Not only eventfds: User-mode Linux gives a socket."""
+    def set_call(self, fd: int | None, polled: bool = False) -> None:
+        """As set_kick. Not only eventfds: User-mode Linux gives a socket. `polled`: without one the front-end polls, and wants no messages either."""
         with self.get_mut():
             _close(self._call)
-            self._call = fd
+            self._call, self._call_polled = fd, polled
             self._write_call = os.write if fd is None else event_writer(fd)
             self._call_room = select.poll()
             if fd is not None:
