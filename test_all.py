@@ -6339,6 +6339,31 @@ class DeviceTests(DaemonTest):
             with device.peer:
                 self.assertEqual(device.peer.answer()[:2], (1, 5))
 
+    def test_exception_when_a_ring_has_stopped(self) -> None:
+        """It has, and so have the others that are to."""
+
+        class Bad(Echo):
+            def ring_stopped(self, index: int) -> None:
+                super().ring_stopped(index)
+                raise RuntimeError("cannot")
+
+            def suspended(self) -> None:
+                raise RuntimeError("cannot")
+
+        device = Bad()
+        with self.serving(device) as served, served.peer(features=PROTOCOL) as peer:
+            for name, payload in ("RESET_DEVICE", b""), ("SET_STATUS", u64(0)):
+                for index in 0, 1:
+                    peer.msg("SET_VRING_KICK", u64(index), [self.eventfd()])
+                    peer.msg("SET_VRING_ENABLE", pair(index, 1))
+                peer.msg(name, payload)
+                self.assertEqual([(vring.started, vring.enabled) for vring in served.daemon.vrings], [(False, False)] * 2)
+            peer.msg("SET_VRING_KICK", u64(0), [self.eventfd()])
+            peer.msg("GET_VRING_BASE", pair(0, 0), expect=pair(0, 0))
+            self.assertEqual((device.told("reset"), device.told("stopped")), ([(), ()], [(0,), (1,), (0,), (1,), (0,)]))
+        self.expect_log("ring_stopped of the device failed")
+        self.expect_log("suspended of the device failed")
+
     def test_exception_when_a_front_end_connects_ends_the_connection(self) -> None:
         class Bad(Echo):
             def connected(self) -> None:

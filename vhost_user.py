@@ -55,7 +55,7 @@ import time
 from abc import ABC
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from enum import Enum, IntFlag
 from types import FrameType
@@ -2280,11 +2280,15 @@ class _Session:
         self._daemon.unwatch(index)
         base = vring.stop()
         if was_started:
-            with suppress(Refused) if gone else nullcontext():
-                self._call(self._backend.ring_stopped, index)
-            with suppress(Refused) if gone else nullcontext():
-                self._suspend()
+            self._tell_stopped(index)
         return base
+
+    def _tell_stopped(self, index: int) -> None:
+        """The ring has stopped, whatever the device thinks of it."""
+        with suppress(Refused):  # logged
+            self._call(self._backend.ring_stopped, index)
+        with suppress(Refused):
+            self._suspend()
 
     def _resume(self) -> None:
         """A ring is about to start."""
