@@ -45,6 +45,7 @@ import time
 import traceback
 import unittest
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 from unittest import mock
 from uuid import UUID
@@ -4879,6 +4880,70 @@ class RingStateTests(DaemonTest):
             device.holds(1)
             device.complete()
             self.assertEqual(other.wait(PATIENCE), [("lives", 0)])
+
+    def test_ring_whose_start_is_refused_is_stopped(self) -> None:
+        """The device is told nothing of it, no memory change fails for it, and it can start when it is set up well."""
+        device = Whole()
+        with self.prepared(device) as (frontend, rig):
+            rig.share()
+            driver = rig.driver()
+            right = rig.addresses(0, driver)
+            frontend.request("SET_VRING_NUM", VringStatePayload(0, rig.size))
+            frontend.request("SET_VRING_ADDR", replace(right, descriptor=right.descriptor + 1))
+            frontend.enable_queue(0)
+            kick = self.eventfd()
+            before = len(open_fds())
+            for _ in range(2):
+                with self.assertRaises(Refused):
+                    frontend.request("SET_VRING_KICK", VringFd(0), [kick])
+            self.expect_log("is not aligned to 16")
+            self.assertEqual(len(open_fds()), before)
+            more = GuestRegionMmap.allocate(RAM + (1 << 30), PAGE)
+            frontend.add_region(more)
+            frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
+            self.assertEqual((device.told("started"), device.told("stopped")), ([], []))
+            self.assertEqual(device.told("resumed"), device.told("suspended"))
+            frontend.request("SET_VRING_ADDR", right)
+            frontend.request("SET_VRING_KICK", VringFd(0), [kick])
+            rig.add(driver)
+            os.eventfd_write(kick, 1)
+            wait_until(driver.used, "the request to come back")
+
+    def test_ring_that_cannot_be_where_its_memory_comes_is_broken_alone(self) -> None:
+        """The others have their places, and the device learns of the memory."""
+        device = Echo()
+        with self.prepared(device) as (frontend, rig):
+            for index in 0, 1:
+                right = rig.addresses(index, rig.driver(index))
+                frontend.request("SET_VRING_NUM", VringStatePayload(index, rig.size))
+                frontend.request("SET_VRING_ADDR", replace(right, used=right.used + 2) if index == 0 else right)
+                frontend.request("SET_VRING_KICK", VringFd(index | VringFd.NO_FD))
+                frontend.enable_queue(index)
+            rig.share()
+            self.expect_log("ring 0 is broken .*used ring .*is not aligned to 4", times=1)
+            self.assertEqual(device.told("memory"), [(1,)])
+            driver = rig.driver(1)
+            rig.add(driver)
+            wait_until(driver.used, "the request to come back")
+            driver = rig.driver(0)
+            frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
+            self.assertEqual((device.told("started"), device.told("stopped")), ([(0,), (1,)], [(0,)]))
+            frontend.request("SET_VRING_ADDR", rig.addresses(0, driver))
+            frontend.request("SET_VRING_KICK", VringFd(VringFd.NO_FD))
+            rig.add(driver)
+            wait_until(driver.used, "the request to come back")
+
+    def test_ring_that_the_device_refuses_to_start_is_stopped(self) -> None:
+        class Refuses(Whole):
+            def ring_started(self, index: int, vring: VringT) -> None:
+                super().ring_started(index, vring)
+                raise Refused("as asked")
+
+        device = Refuses()
+        with self.serving(device) as served, served.peer() as peer:
+            peer.msg("SET_VRING_KICK", u64(1), [self.eventfd()], expect=REFUSED)
+            self.assertFalse(served.daemon.vrings[1].started)
+            self.assertEqual([event[0] for event in device.events[1:]], ["resumed", "started", "stopped", "suspended"])
 
     def test_broken_ring_waits_for_what_is_in_flight_as_well(self) -> None:
         """rule 6: what the device had taken before the driver broke the ring is still its own, and writes guest memory."""

@@ -2018,7 +2018,7 @@ class _Session:
     def _change_memory(self, memory: GuestMemoryMmap) -> None:
         self._memory.replace(memory)
         for index in range(len(self._vrings)):
-            self._place(index)
+            self._place_again(index)
         self._call(self._backend.update_memory, self._memory)
 
     # Postcopy: the guest runs here before all of its memory has come
@@ -2091,7 +2091,7 @@ class _Session:
             self._iotlb = Iotlb(self._tell_iotlb) if wanted else None
             for index, vring in enumerate(self._vrings):
                 vring.set_iotlb(self._iotlb)
-                self._place(index)
+                self._place_again(index)
 
     def _tell_iotlb(self, kind: int, iova: int, access: int) -> bool:
         if self._channel:
@@ -2121,12 +2121,12 @@ class _Session:
             if vring.placed:
                 vring.retry(payload.iova, payload.size)
             else:
-                self._place(index)
+                self._place_again(index)
 
     def _forget(self, payload: IotlbMessage) -> None:
         for index, vring in enumerate(self._vrings):
             if vring.forget(payload.iova, payload.size):
-                self._place(index)
+                self._place_again(index)
 
     # Dirty log
 
@@ -2198,6 +2198,16 @@ class _Session:
         except (GuestMemoryError, IotlbMiss) as error:
             vring.set_queue_ready(False)
             log.debug("ring %d has no place in guest memory now: %s", index, error)
+        except VringError:
+            vring.set_queue_ready(False)
+            raise
+
+    def _place_again(self, index: int) -> None:
+        """The same when something else has changed. A ring that cannot be there is broken, and holds up nothing else."""
+        try:
+            self._place(index)
+        except VringError as error:
+            self._vrings[index].fail(str(error))
 
     def _set_vring_kick(self, payload: VringFd, message: Message) -> None:
         vring = self._ring(payload.index)
@@ -2222,14 +2232,28 @@ class _Session:
 
     def _start_ring(self, vring: VringState) -> None:
         was_started = vring.started
-        self._resume()
         try:
-            vring.start()
-        except GuestMemoryError as error:
-            log.debug("ring %d waits for its memory: %s", vring.index, error)
-        vring.wake()  # a kick may have come before its eventfd
-        if not was_started:
-            self._call(self._backend.ring_started, vring.index, vring)
+            self._resume()
+            try:
+                vring.start()
+            except GuestMemoryError as error:
+                log.debug("ring %d waits for its memory: %s", vring.index, error)
+            vring.wake()  # a kick may have come before its eventfd
+            if not was_started:
+                self._call(self._backend.ring_started, vring.index, vring)
+        except (VringError, Refused):
+            if not was_started:
+                self._undo_start(vring)
+            raise
+
+    def _undo_start(self, vring: VringState) -> None:
+        if vring.started:  # the device refuses
+            self._stop_ring(vring.index)
+            return
+        self._daemon.unwatch(vring.index)
+        vring.set_kick(None)
+        with suppress(Refused):
+            self._suspend()
 
     def _set_vring_call(self, payload: VringFd, message: Message) -> None:
         vring = self._ring(payload.index)

@@ -2328,13 +2328,19 @@ class VringState:
             self._settle()
 
     def start(self) -> None:
-        """The ring's first switch on (SET_VRING_KICK). Raises VringError, GuestMemoryError when it cannot run as configured."""
+        """The ring's first switch on (SET_VRING_KICK). Raises VringError, with the switch as it was, when it cannot run as configured; or
+        GuestMemoryError, with the switch on, when it has no place in guest memory yet."""
         with self.get_mut():
-            if not self.started:
+            before = self.started
+            if not before:
                 self.broken = None
                 self.device_failed = False
             self.started = True
-            self._settle()
+            try:
+                self._settle()
+            except VringError:
+                self.started = before
+                raise
 
     def suspend(self) -> None:
         """The first switch off: no further chain is taken. What is in flight may still be completed."""
