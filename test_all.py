@@ -7043,25 +7043,46 @@ class ChannelTests(DaemonTest):
 
     def test_shmem_unmap(self) -> None:
         """rule 23: Just what was mapped, and once. A device reset unmaps all."""
-        with self.whole() as (_, channel, frontend):
-            fd = self.memfd(4 * PAGE)
-            got = self.answering(frontend, 3)
-            self.assertTrue(channel.shmem_map(0, fd, 0, 0, 2 * PAGE))
-            for area in (0, 0, PAGE), (0, PAGE, PAGE), (0, 0, 3 * PAGE), (2, 0, 2 * PAGE):
+        for name, payload in ("RESET_DEVICE", Empty()), ("SET_STATUS", U64(0)):
+            with self.subTest(name), self.whole() as (_, channel, frontend):
+                fd = self.memfd(4 * PAGE)
+                got = self.answering(frontend, 3)
+                self.assertTrue(channel.shmem_map(0, fd, 0, 0, 2 * PAGE))
+                for area in (0, 0, PAGE), (0, PAGE, PAGE), (0, 0, 3 * PAGE), (2, 0, 2 * PAGE):
+                    with self.raises(ValueError, "not a whole map"):
+                        channel.shmem_unmap(*area)
+                self.assertTrue(channel.shmem_unmap(0, 0, 2 * PAGE, wait=True))
                 with self.raises(ValueError, "not a whole map"):
-                    channel.shmem_unmap(*area)
-            self.assertTrue(channel.shmem_unmap(0, 0, 2 * PAGE, wait=True))
-            with self.raises(ValueError, "not a whole map"):
-                channel.shmem_unmap(0, 0, 2 * PAGE)
-            self.assertEqual(frontend.maps, [])
-            self.assertTrue(channel.shmem_map(0, fd, 0, 0, 2 * PAGE))
-            frontend.request("RESET_DEVICE")
-            with self.raises(ValueError, "not a whole map"):
-                channel.shmem_unmap(0, 0, 2 * PAGE)
-            wait_until(lambda: len(got) == 3, "all to be read")
-            for message in got:
-                for taken in message.fds:
-                    os.close(taken)
+                    channel.shmem_unmap(0, 0, 2 * PAGE)
+                self.assertEqual(frontend.maps, [])
+                self.assertTrue(channel.shmem_map(0, fd, 0, 0, 2 * PAGE))
+                wait_until(lambda: len(got) == 3, "all to be read")  # noqa: B023
+                self.assertEqual(len(frontend.maps), 1)
+                frontend.request(name, payload)
+                self.assertEqual(frontend.maps, [])
+                with self.raises(ValueError, "not a whole map"):
+                    channel.shmem_unmap(0, 0, 2 * PAGE)
+                for message in got:
+                    for taken in message.fds:
+                        os.close(taken)
+
+    def test_maps_that_a_front_end_refuses(self) -> None:
+        """rule 23: as the back-end's side does not even send them"""
+        with self.whole() as (_, _, frontend):
+            for area in (
+                ShmemMap(0, 0, 4 * PAGE, PAGE, 0),
+                ShmemMap(0, 0, 0, 5 * PAGE, 0),
+                ShmemMap(1, 0, 0, PAGE, 0),
+                ShmemMap(3, 0, 0, PAGE, 0),
+                ShmemMap(0, 0, 0, 0, 0),
+                ShmemMap(0, 1, 0, PAGE, 0),
+                ShmemMap(0, 0, 1, PAGE, 0),
+                ShmemMap(0, 0, 0, PAGE + 1, 0),
+                ShmemMap(0, 0, 2**64 - PAGE, PAGE, 0),
+            ):
+                with self.subTest(area):
+                    self.assertEqual((frontend._answer(area, BACKEND_REQUESTS["SHMEM_MAP"]), frontend.maps), ((1, ()), []))
+            self.assertEqual(frontend._answer(ShmemMap(0, 0, 3 * PAGE, PAGE, 0), BACKEND_REQUESTS["SHMEM_MAP"]), (0, ()))
 
     def test_wait_in_the_control_thread(self) -> None:
         """The front-end would not answer before it has its own answer."""

@@ -695,6 +695,14 @@ class ShmemMap(Payload):
         """Whether they have a byte of the region in common."""
         return self.shmid == other.shmid and self.shm_offset < other.shm_offset + other.size and other.shm_offset < self.shm_offset + self.size
 
+    def fault(self, sizes: Sequence[int]) -> str | None:
+        """What forbids it where shared memory regions have these sizes; None: nothing does."""
+        if self.size <= 0 or any(number % mmap.PAGESIZE for number in (self.size, self.shm_offset, self.fd_offset)):
+            return f"not whole pages of {mmap.PAGESIZE} bytes"
+        if not 0 <= self.shmid < len(sizes) or not 0 <= self.shm_offset <= sizes[self.shmid] - self.size:
+            return f"outside the regions of get_shmem_config, {sizes}"
+        return None
+
     def covers(self, other: ShmemMap) -> bool:
         """Whether the two are the same range."""
         return (self.shmid, self.shm_offset, self.size) == (other.shmid, other.shm_offset, other.size)
@@ -1131,11 +1139,9 @@ class BackendChannel:
 
         Raises ValueError for a range that is not whole pages, lies outside the region, or overlaps what is mapped."""
         area = ShmemMap(shmid, fd_offset, shm_offset, size, SHMEM_WRITABLE if writable else 0)
-        sizes = self._shmem_sizes()
-        if size <= 0 or size % mmap.PAGESIZE or shm_offset % mmap.PAGESIZE or fd_offset % mmap.PAGESIZE:
-            raise ValueError(f"{area}: not whole pages of {mmap.PAGESIZE} bytes")
-        if not 0 <= shmid < len(sizes) or not 0 <= shm_offset <= sizes[shmid] - size:
-            raise ValueError(f"{area}: outside the regions of get_shmem_config, {sizes}")
+        fault = area.fault(self._shmem_sizes())
+        if fault:
+            raise ValueError(f"{area}: {fault}")
         with self._sending:
             if any(area.overlaps(other) for other in self._maps):
                 raise ValueError(f"{area}: overlaps what is mapped there; unmap that first")
@@ -3291,7 +3297,8 @@ class Frontend:
         self.arena = (0, 0)  # guest address and size of the memory that rings don't use
         self.shared_objects: dict[UUID, int] = {}  # what the back-end may look up: file descriptors, the caller's
         self.exported: set[UUID] = set()  # what the back-end has added
-        self.maps: list[ShmemMap] = []  # what it has mapped
+        self.maps: list[ShmemMap] = []  # what it has mapped since its last reset
+        self._shmem_sizes: Sequence[int] = ()
         self.iommu = Iotlb(lambda kind, iova, access: False)  # the guest's translations, which the back-end is told when it misses them
         self._early: list[BackendMessage] = []  # received, and not yet given to anybody
 
@@ -3350,6 +3357,8 @@ class Frontend:
             if row.reply is None:
                 if U64.unpack(answer.payload).value:
                     raise Refused(f"{name} {payload} failed in the back-end")
+                if name == "RESET_DEVICE" or (name == "SET_STATUS" and payload == U64(0)):
+                    self.maps.clear()
                 return None
             if row.failed is not None and answer.payload == row.failed.pack():
                 raise Refused(f"{name} {payload} failed in the back-end")
@@ -3386,6 +3395,8 @@ class Frontend:
         with theirs:
             self.request("SET_BACKEND_REQ_FD", fds=(theirs.fileno(),))
         self.channel = Connection(ours)
+        if self.protocol_features & _PF.SHMEM:
+            self._shmem_sizes = self.get_shmem_config()
 
     def queue_num(self) -> int:
         """How many queues the back-end has; 1 if it does not say."""
@@ -3425,7 +3436,7 @@ class Frontend:
             if row.name == "SHMEM_UNMAP":
                 self.maps = [other for other in self.maps if other not in same]
                 return int(not same), ()
-            if any(other.overlaps(payload) for other in self.maps):
+            if payload.fault(self._shmem_sizes) or any(other.overlaps(payload) for other in self.maps):
                 return 1, ()
             self.maps.append(payload)
         elif row.name == "SHARED_OBJECT_ADD" and isinstance(payload, Shared):
