@@ -395,10 +395,12 @@ def make_room(fd: int) -> bool:
 
 def clear_event(fd: int) -> None:
     """Read an eventfd's counter or bytes without waiting, whatever mode the front-end keeps the shared open file in."""
-    try:
-        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
-    except OSError:
-        pass  # nothing to clear, or nothing that can be cleared
+    with suppress(OSError):  # nothing to clear, or nothing that can be cleared
+        try:
+            os.preadv(fd, [bytearray(1 << 16)], -1, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP and not os.get_blocking(fd):  # a pipe, before Linux 6.5
+                os.read(fd, 1 << 16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -6069,6 +6069,21 @@ class EventfdTests(DaemonTest):
                 self.assertTrue(is_readable(reader, PATIENCE))
                 self.assertEqual(len(os.read(reader, 100)), 8)
 
+    def test_pipe_as_kick_descriptor(self) -> None:
+        """It is read: else it would be full one day."""
+        for blocking in True, False:
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)  # so that the test sees it full
+            os.set_blocking(reader, blocking)
+            fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PAGE)
+            with self.subTest(blocking=blocking), self.prepared(Echo()) as (frontend, rig):
+                driver = self.start(frontend, rig, reader, self.eventfd())
+                os.close(reader)
+                for _ in range(PAGE // 8 + 100):
+                    self.served(rig, driver, writer)
+                frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))
+            os.close(writer)
+
     def test_full_pipe_or_socket_as_call_descriptor_hangs_nobody(self) -> None:
         """Nor one that is filled just before it is written."""
         for _, writer in self.both_ends():

@@ -1538,6 +1538,7 @@ class VringEpollHandler:
         if self._exit_fd is not None:
             self._epoll.register(self._exit_fd, select.EPOLLIN)
         self._kicks: dict[int, int] = {}  # kick eventfd -> position in vrings
+        self._pipes: dict[int, int] = {}  # the same of pipes and sockets: those have to be read, or they are full one day
         self._listeners: dict[int, int] = {}  # fd -> the device's data
         self._pending: set[int] = set()  # positions to look at, kick or no kick
         self._polled: set[int] = set()  # positions of started rings without kick eventfd
@@ -1601,13 +1602,13 @@ class VringEpollHandler:
             self._wake.set()
         else:
             self._epoll.register(kick, select.EPOLLIN | select.EPOLLET)
-            self._kicks[kick] = position
+            (self._pipes if stat.S_IFMT(os.fstat(kick).st_mode) else self._kicks)[kick] = position
 
     def unwatch(self, position: int) -> None:
         """The ring's kick eventfd is about to be closed, or there is none."""
         self._polled.discard(position)
         kick = self.vrings[position].kick
-        if kick is not None and self._kicks.pop(kick, None) is not None:
+        if kick is not None and (self._kicks.pop(kick, None), self._pipes.pop(kick, None)) != (None, None):
             with suppress(OSError):  # a descriptor that could not be registered
                 self._epoll.unregister(kick)
 
@@ -1642,6 +1643,10 @@ class VringEpollHandler:
                     self._serve(position, evset)
                 elif fd in self._listeners:
                     self._listen(fd, evset)
+                elif (position := self._pipes.get(fd)) is not None:
+                    with self.vrings[position].get_mut() as vring:  # which nobody closes meanwhile
+                        vring.read_kick()
+                    self._serve(position, evset)
                 elif fd == self._exit_fd:
                     return
             if self._pending:
