@@ -4368,6 +4368,49 @@ class EachRequestTests(WireTest):
             self.expect_log("SET_DEVICE_STATE_FD .* refused: another transfer is under way")
             self.expect_log("CHECK_DEVICE_STATE .* refused: save_state of the device does not end")
 
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[tuple[Served, Frontend, threading.Event]]:
+        """A device that has its state, and is not done with it before the event; the front-end has asked what became of it."""
+
+        class Slow(Whole):
+            def load_state(self, file: BinaryIO) -> None:
+                super().load_state(file)
+                done.wait(PATIENCE)
+
+        done = threading.Event()
+        ours, theirs = os.pipe()
+        with self.served(Slow()) as served, served.connect() as frontend, mock.patch.object(vhost_user._Transfer, "PATIENCE", 0.02):
+            frontend.negotiate(-1)
+            frontend.request("SET_DEVICE_STATE_FD", DeviceState(1, 0), [ours])
+            os.close(ours)
+            os.close(theirs)
+            frontend.connection.send(REQUESTS["CHECK_DEVICE_STATE"].number, 0)
+            try:
+                self.assertFalse(is_readable(frontend.connection.socket, 10 * MOMENT), "it does not wait")
+                yield served, frontend, done
+            finally:
+                done.set()
+                wait_until(lambda: "load_state" not in [thread.name for thread in threading.enumerate()], "the thread to end")
+
+    def test_device_state_that_takes_long_to_load(self) -> None:
+        """The device has all the time it needs: it waits for nobody."""
+        with self.loading() as (_, frontend, done):
+            done.set()
+            with frontend.connection.receive(PATIENCE) as answer:
+                self.assertEqual(answer.payload, u64(0))
+
+    def test_shutdown_while_device_state_is_loaded(self) -> None:
+        for name in "shutdown", "leave":
+            with self.subTest(name), self.loading() as (served, frontend, _):
+                began = time.monotonic()
+                if name == "shutdown":
+                    served.daemon.shutdown()
+                    served.wait()
+                else:
+                    frontend.connection.socket.shutdown(socket.SHUT_RDWR)
+                    self.expect_log("the front-end has left: load_state of the device is given up")
+                self.assertLess(time.monotonic() - began, PATIENCE / 2)
+
     def test_device_state_transfer_is_given_up(self) -> None:
         """When a ring starts, the device is reset, the front-end leaves, or the daemon is shut down."""
 

@@ -1415,7 +1415,7 @@ class VhostUserBackend:
         return None
 
     def check_device_state(self) -> None:
-        """Wait for the transfer's end. Raises Refused when it failed, or there was none (CHECK_DEVICE_STATE)."""
+        """At the transfer's end. Raises Refused when it failed, or there was none (CHECK_DEVICE_STATE)."""
         transfer, self._transfer = self._transfer, None
         if transfer is None:
             raise Refused("no device state was transferred")
@@ -1745,6 +1745,7 @@ class _StateFile(io.RawIOBase):
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN if loads else select.POLLOUT)
         self._poll.register(self._abort_fd, select.POLLIN)
+        self.waiting = False  # for the peer
 
     def abort(self) -> None:
         """No more is read or written. From any thread."""
@@ -1753,8 +1754,10 @@ class _StateFile(io.RawIOBase):
             event.set()
 
     def _wait(self) -> None:
+        self.waiting = True
         if self._abort_fd in dict(self._poll.poll()):
             raise Disconnected("the transfer was given up")
+        self.waiting = False
 
     def readable(self) -> bool:
         return self._loads
@@ -1780,7 +1783,8 @@ class _StateFile(io.RawIOBase):
 class _Transfer:
     """Device state on its way (vhost-user, "Migrating back-end state"), in a thread of its own."""
 
-    PATIENCE = 10.0  # seconds that its end is waited for
+    PATIENCE = 10.0  # seconds that its end is waited for while it waits for the front-end, which waits for that end
+    _LOOK = 0.1
 
     def __init__(self, method: Callable[[BinaryIO], None], fd: int, loads: bool) -> None:
         """Have `method` read the state from `fd`, or write it there. Owns the fd."""
@@ -1812,9 +1816,17 @@ class _Transfer:
         self._file.abort()
         self._thread.join(1)
 
+    def wait(self, gone: Callable[[], bool]) -> None:
+        """Wait for its end, for as long as the device takes to it. Raises Disconnected when `gone` says that nobody wants to know any more."""
+        waited = 0.0
+        while self.running and waited < self.PATIENCE:
+            self._thread.join(self._LOOK)
+            waited = waited + self._LOOK if self._file.waiting else 0.0
+            if gone():
+                raise Disconnected(f"{self._method.__name__} of the device is given up")
+
     def finish(self) -> None:
-        """Wait for its end. Raises Refused when it failed, or does not end."""
-        self._thread.join(self.PATIENCE)
+        """What became of it. Raises Refused when it failed, or has not ended."""
         if self.running:
             self.abort()
             raise Refused(f"{self._method.__name__} of the device does not end")
@@ -2459,6 +2471,9 @@ class _Session:
         return U64(0)
 
     def _check_device_state(self, payload: Empty, message: Message) -> Payload:
+        transfer = self._backend._transfer
+        if transfer:
+            transfer.wait(self._connection.peer_gone)
         self._call(self._backend.check_device_state)
         return U64(0)
 
