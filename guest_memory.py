@@ -41,7 +41,7 @@ import weakref
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 __all__ = [
     "ACCESS_READ",
@@ -245,7 +245,7 @@ def _on_sigbus(number: int, info: int, context: int) -> None:
     """
     touched = ctypes.c_uint64.from_address(info + _SI_ADDR).value
     page = touched & -_PAGE
-    for address, length in list(_mappings.items()):
+    for address, length in _mappings.copy().items():  # which others change
         inside = address <= touched < address + length
         if inside and _libc.mmap(page, _PAGE, _PROT_READ_WRITE, _MAP_PRIVATE_FIXED_ANONYMOUS, -1, 0) == page:
             truncation.pages += 1
@@ -450,8 +450,8 @@ class Userfault:
     def register(self, region: GuestRegionMmap) -> None:
         """From here on pages of the region that are missing are waited for. Raises GuestMemoryError when the kernel cannot do that."""
         region.only_here = True
-        host = region.host_addr
-        start, length = next((start, length) for start, length in _mappings.items() if start <= host < start + length)
+        mapped = cast(ctypes.Array[ctypes.c_ubyte], region.view.obj)  # all of it: whole pages
+        start, length = ctypes.addressof(mapped), ctypes.sizeof(mapped)
         try:
             fcntl.ioctl(self.fd, _UFFDIO_REGISTER, _UFFD_REGISTER.pack(start, length, _UFFD_MODE_MISSING, 0))
         except OSError as error:

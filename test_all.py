@@ -78,6 +78,7 @@ if TYPE_CHECKING or BUNDLE or not __package__:
         Iotlb,
         IotlbMiss,
         IovaMemory,
+        Userfault,
         atomic_or,
         map_shared,
     )
@@ -151,6 +152,7 @@ else:
         Iotlb,
         IotlbMiss,
         IovaMemory,
+        Userfault,
         atomic_or,
         map_shared,
     )
@@ -5266,6 +5268,23 @@ class PollingTests(DaemonTest):
             wait_until(lambda: self.rests(worker) or window(0.0) > 0, "it to poll")
             wait_until(lambda: window(0.2) == 0, "it not to poll")
 
+    def test_worker_whose_rings_are_woken_all_the_time(self) -> None:
+        """By other threads: a set that they add to cannot be iterated over, and without a GIL not even copied."""
+
+        class Changing(set[int]):
+            def __iter__(self) -> Iterator[int]:
+                raise RuntimeError("Set changed size during iteration")
+
+        with self.serving(Echo()) as served, served.connect() as frontend:
+            frontend.negotiate(0)
+            [worker] = served.daemon.get_epoll_handlers()
+            worker._pending, worker._polled = Changing(), Changing()
+            rig = Rig(frontend, share=True)
+            queue = frontend.start_queue(0, rig.driver())
+            self.echo(frontend, queue)
+            frontend.request("SET_VRING_KICK", VringFd(VringFd.NO_FD))
+            self.echo(frontend, queue)
+
     def test_what_cannot_be(self) -> None:
         with self.raises(ValueError, "polling for -1"):
             VhostUserDaemon("test", Echo(), poll_us=-1)
@@ -6030,6 +6049,20 @@ class PostcopyTests(DaemonTest):
                 self.assertEqual(MemTable.unpack(peer.answer()[2]).regions[0].guest_addr, RAM)
                 peer.msg(name, payload, fds=[memory.fileno()] if payload else [], expect=CLOSED)
                 self.expect_log("without regions is due" if not payload else "with 1 regions as an acknowledgement")
+
+    def test_memory_is_watched_while_other_mappings_go(self) -> None:
+        """All of its mapping, wherever in that it begins."""
+
+        class Changing(dict[int, int]):
+            def items(self) -> Any:
+                raise RuntimeError("dictionary changed size during iteration")
+
+        region = GuestRegionMmap(self.memfd(4 * PAGE), RAM, PAGE, 0, PAGE + 100)
+        module = sys.modules[Userfault.__module__]
+        with Userfault() as first, Userfault() as second, mock.patch.object(module, "_mappings", Changing(module._mappings)):
+            first.register(region)
+            with self.raises(GuestMemoryError, "cannot be watched"):
+                second.register(region)
 
     def test_postcopy_and_memory_slots_exclude_each_other(self) -> None:
         """rule 12"""

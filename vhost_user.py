@@ -1650,9 +1650,13 @@ class VringEpollHandler:
                 elif fd == self._exit_fd:
                     return
             if self._pending:
-                for position in tuple(self._pending):
+                for position in self._each_of(self._pending):
                     self._serve(position, select.EPOLLIN)
             timeout = 0 if self._pending else self._look_at_polled() if self._polled else None
+
+    def _each_of(self, positions: set[int]) -> list[int]:
+        """Those in a set to which other threads add meanwhile: it cannot be iterated over."""
+        return [position for position in range(len(self.vrings)) if position in positions]
 
     def _next_events(self, timeout: float | None) -> list[tuple[int, int]]:
         """What has happened, or happens within `timeout`."""
@@ -1720,7 +1724,7 @@ class VringEpollHandler:
     def _look_at_polled(self) -> float:
         """Serve the rings that have no kick eventfd. Returns how long to wait until the next look: nothing, after there was something."""
         pause = self._POLLED_PAUSE
-        for position in tuple(self._polled):
+        for position in self._each_of(self._polled):
             queue = self.vrings[position].queue
             before = queue.taken if queue else 0
             self._serve(position, select.EPOLLIN)
