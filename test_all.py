@@ -6050,6 +6050,24 @@ class PostcopyTests(DaemonTest):
                 peer.msg(name, payload, fds=[memory.fileno()] if payload else [], expect=CLOSED)
                 self.expect_log("without regions is due" if not payload else "with 1 regions as an acknowledgement")
 
+    def test_memory_that_cannot_be_watched_ends_the_connection(self) -> None:
+        """No message is left that could say so, and the guest would go on with zeroes for memory."""
+
+        class Arriving(Echo):
+            postcopy = True
+
+        with self.serving(Arriving()) as served, served.connect() as frontend, Userfault() as other:
+            frontend.negotiate(VERSION_1)
+            os.close(frontend.postcopy_advise())
+            frontend.request("POSTCOPY_LISTEN")
+            memory = GuestMemoryMmap.from_ranges([(RAM, self.SIZE)])
+            [base] = frontend.share_for_postcopy(memory)
+            fcntl.ioctl(other.fd, 0xC020AA00, struct.pack("=QQQQ", base, self.SIZE, 1, 0))  # UFFDIO_REGISTER; the back-end is this process
+            frontend.ready_for_faults()
+            with self.raises(Disconnected, ""):
+                frontend.connection.receive(PATIENCE)
+            self.expect_log("the connection ends: postcopy: .* cannot be watched for page faults")
+
     def test_memory_is_watched_while_other_mappings_go(self) -> None:
         """All of its mapping, wherever in that it begins."""
 

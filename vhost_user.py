@@ -2092,8 +2092,11 @@ class _Session:
         if payload.regions or memory is None:
             raise ProtocolError(f"SET_MEM_TABLE with {len(payload.regions)} regions as an acknowledgement, which has none")
         if self._userfault and self._userfault.fd >= 0:
-            for region in memory.regions:
-                self._userfault.register(region)
+            try:
+                for region in memory.regions:
+                    self._userfault.register(region)
+            except GuestMemoryError as error:  # nobody waits for an answer, in which it could be refused
+                raise ProtocolError(f"postcopy: {error}") from None
             # If the front-end dies, its descriptor must be the last one: a thread that waits for a page, maybe with the interpreter's lock, goes on.
             self._userfault.close()
         self._change_memory(memory)
