@@ -4132,12 +4132,23 @@ class EachRequestTests(WireTest):
             with self.rejected(served, "VRING_KICK of ring 1 with 1") as peer:
                 peer.send(35, pair(1, 1))
 
-    def test_in_band_notifications_need_acknowledgements_and_a_channel(self) -> None:
-        """rule 21: The connection ends: there is no other way to say so."""
-        with self.served(Whole()) as served:
-            for beside in PF(0), PF.REPLY_ACK, PF.BACKEND_REQ:
-                with self.rejected(served, "INBAND_NOTIFICATIONS without", protocol_features=0) as peer:
-                    peer.send(16, u64(int(PF.INBAND_NOTIFICATIONS | beside)))
+    def test_protocol_features_that_need_others(self) -> None:
+        """rule 21: The connection ends: there is no other way to say so. Nor are they offered without those."""
+        for feature, needed in vhost_user.NEEDS:
+            each = [one for one in PF if one & needed]
+            with self.served(Whole()) as served:
+                for beside in PF(0), *each[len(each) == 1 :]:
+                    with self.rejected(served, f"{feature.name} without|GET_VRING_BASE_INFLIGHT without", protocol_features=0) as peer:
+                        peer.send(16, u64(int(feature | beside)))
+            for missing in each:
+
+                class Fewer(Whole):
+                    withheld_protocol_features = int(missing)
+
+                with self.subTest(feature, missing=missing), self.served(Fewer()) as served, served.connect() as frontend:
+                    offered = frontend.request("GET_PROTOCOL_FEATURES").value
+                    self.assertFalse(offered & (feature | missing))
+                    frontend.negotiate(VERSION_1)
 
     def postcopy_peer(self, served: Served) -> Peer:
         """One that has negotiated what the next tests are about."""
@@ -4515,7 +4526,7 @@ class EachRequestTests(WireTest):
         """Not negotiated alone; and without a region to record it in, what is in flight is waited for."""
         with self.served(Whole()) as served:
             for missing in PF.INFLIGHT_SHMFD, PF.GET_VRING_BASE_INFLIGHT:
-                with self.rejected(served, "where it would be recorded", protocol_features=0) as peer:
+                with self.rejected(served, "without .*INFLIGHT", protocol_features=0) as peer:
                     peer.send(16, u64(int(PROTOCOL_FEATURES & ~missing | PF.GET_VRING_BASE_SKIP_DRAIN)))
 
         class Slow(Later, Whole):

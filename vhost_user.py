@@ -264,6 +264,13 @@ HOOKS = (
 )
 """Protocol features that are offered by a device which overrides the method."""
 
+NEEDS = (
+    (_PF.INBAND_NOTIFICATIONS, _PF.BACKEND_REQ | _PF.REPLY_ACK),
+    (_PF.GET_VRING_BASE_INFLIGHT, _PF.INFLIGHT_SHMFD),
+    (_PF.GET_VRING_BASE_SKIP_DRAIN, _PF.GET_VRING_BASE_INFLIGHT | _PF.INFLIGHT_SHMFD),
+)
+"""Protocol features that must only be negotiated beside others."""
+
 DRAFTS = _PF.GET_VRING_BASE_SKIP_DRAIN
 """Protocol features of drafts: offered by a device that says `drafts`."""
 
@@ -282,7 +289,6 @@ MAX_PAYLOAD = 12 + 4096
 MAX_FDS = 32  # in one message; the specification's memory table has 8
 MAX_CONFIG = 0x1000  # bytes of config space, as in the kernel's vhost
 
-STATUS_FEATURES_OK = 8  # virtio 1.3 §2.1
 CONFIG_FLAG_WRITABLE, CONFIG_FLAG_LIVE_MIGRATION = 0, 1
 STATE_SAVE, STATE_LOAD = 0, 1  # direction of a device state transfer
 STATE_FAILED, STATE_NO_FD = 1, 1 << 8  # in the reply to SET_DEVICE_STATE_FD
@@ -1476,7 +1482,15 @@ def _offered_protocol_features(backend: VhostUserBackend) -> int:
             features |= feature
     if backend.postcopy and _has_userfault():
         features = features & ~_PF.CONFIGURE_MEM_SLOTS | _PF.PAGEFAULT  # the two exclude each other (vhost-user, "Migration")
-    return int(backend.protocol_features | features & ~backend.withheld_protocol_features)
+    return int(_supported(backend.protocol_features | features & ~backend.withheld_protocol_features))
+
+
+def _supported(features: int) -> int:
+    """Those protocol features that have beside them what they need."""
+    for feature, needed in NEEDS:
+        if needed & ~features:
+            features &= ~feature
+    return features
 
 
 @functools.cache
@@ -1979,12 +1993,9 @@ class _Session:
         unknown = payload.value & ~self._offered_protocol_features()
         if unknown:
             raise ProtocolError(f"SET_PROTOCOL_FEATURES {payload.value:#x} has bits that were not offered: {unknown:#x}")
-        needed = _PF.GET_VRING_BASE_INFLIGHT | _PF.INFLIGHT_SHMFD
-        if payload.value & _PF.GET_VRING_BASE_SKIP_DRAIN and needed & ~payload.value:
-            raise ProtocolError("GET_VRING_BASE_SKIP_DRAIN without GET_VRING_BASE_INFLIGHT and INFLIGHT_SHMFD, where it would be recorded")
-        beside = _PF.BACKEND_REQ | _PF.REPLY_ACK
-        if payload.value & _PF.INBAND_NOTIFICATIONS and beside & ~payload.value:
-            raise ProtocolError("INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK")
+        for feature, needed in NEEDS:
+            if payload.value & feature and needed & ~payload.value:
+                raise ProtocolError(f"{feature.name} without {' and '.join(str(one.name) for one in _PF if one & needed)}")
         self._protocol_features = payload.value
         inband = payload.value & _PF.INBAND_NOTIFICATIONS
         for vring in self._vrings:
@@ -3406,9 +3417,7 @@ class Frontend:
         offered = self._ask("GET_FEATURES")
         self.features = offered & (features | 1 << VHOST_USER_F_PROTOCOL_FEATURES)
         if offered >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
-            self.protocol_features = _PF(self._ask("GET_PROTOCOL_FEATURES") & _WANTED & protocol_features)
-            if (_PF.BACKEND_REQ | _PF.REPLY_ACK) & ~self.protocol_features:
-                self.protocol_features &= ~_PF.INBAND_NOTIFICATIONS  # not without these
+            self.protocol_features = _PF(_supported(self._ask("GET_PROTOCOL_FEATURES") & _WANTED & protocol_features))
             # Acknowledgements begin with the next message.
             row = REQUESTS["SET_PROTOCOL_FEATURES"]
             self.connection.send(row.number, 0, U64(int(self.protocol_features)).pack())
