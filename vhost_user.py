@@ -2965,7 +2965,8 @@ class VhostUserDaemon:
 
     With `processes`, queue i is served by worker process i modulo their number, so that a Python with a GIL uses several cores. Each has a copy of
     the device as it was when the daemon started, and workers of its own; front-ends see one device. All get each change of features, memory, config
-    space and status. Requests for what there is one of (config space is read, say) go to the first. What the device keeps elsewhere has to be in
+    space and status. Requests for what there is one of (config space is read, say) go to the first. `suspended` and `resumed` are about the rings of
+    the process where they are called; a config change is told when one of the first one's runs. What the device keeps elsewhere has to be in
     files or in shared memory. Each connection has new processes. Not for devices that register listeners, or that have PAGEFAULT, SHARED_OBJECT or
     DEVICE_STATE, which are not offered then. To be started before there are other threads.
     """
