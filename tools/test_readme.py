@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -237,6 +238,15 @@ class Names(unittest.TestCase):
         rows = set(re.findall(r"^\| `(--[a-z-]+)", README, re.MULTILINE))
         done = subprocess.run([sys.executable, "-m", "devices.blk", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
         self.assertEqual(rows, set(re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)))
+
+    def test_file_for_management_software(self) -> None:
+        """Its fields are those of VhostUserBackend in QEMU's docs/interop/vhost-user.json; the program is the one that is bundled just before."""
+        [text] = blocks("json")
+        fields = json.loads(text)
+        self.assertEqual({name: type(value) for name, value in fields.items()}, {"description": str, "type": str, "binary": str})
+        self.assertIn(f"-o {os.path.basename(fields['binary'])}", README[: README.index(text)])
+        done = subprocess.run([sys.executable, "-m", "devices.blk", "--print-capabilities"], cwd=ROOT, capture_output=True, timeout=60, check=True)
+        self.assertEqual(json.loads(done.stdout)["type"], fields["type"])
 
     def test_files(self) -> None:
         table = README.partition("## What is where")[2]
