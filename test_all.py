@@ -7560,6 +7560,107 @@ class LifeTests(DaemonTest):
                 self.echo(frontend, frontend.queues[0])
         wait_for_end(daemon)
 
+    @contextlib.contextmanager
+    def listening(self, path: str) -> Iterator[Callable[[], Frontend]]:
+        """A front-end that listens at the path: what gives the next connection."""
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            listener.settimeout(PATIENCE)
+            try:
+                yield lambda: Frontend(listener.accept()[0])
+            finally:
+                os.unlink(path)
+
+    @contextlib.contextmanager
+    def reconnecting(self, device: VhostUserBackend, path: str) -> Iterator[VhostUserDaemon]:
+        """A daemon that connects there, again and again."""
+        daemon = VhostUserDaemon("test", device)
+        daemon.start_client(path, reconnect=True)
+        try:
+            yield daemon
+        finally:
+            daemon.shutdown()
+            wait_for_end(daemon)
+
+    def test_client_whose_front_end_is_not_there_yet(self) -> None:
+        """It goes on trying where it is to reconnect, and tells once; else that is an error."""
+        path = f"{self.folder()}/sock"
+        with self.raises(OSError, f"cannot connect to {path}"):
+            VhostUserDaemon("test", Echo()).start_client(path)
+        with self.reconnecting(Echo(), path):
+            self.expect_log(f"cannot connect to {path}: No such file or directory; trying again")
+            time.sleep(MOMENT)
+            with self.listening(path) as accept, accept() as frontend:
+                frontend.setup(memory=1 << 20, size=16)
+                self.echo(frontend, frontend.queues[0])
+            self.expect_log("cannot connect", times=1)
+
+    def test_client_tries_less_and_less_often(self) -> None:
+        """Up to a limit; after a connection it begins anew, and not without a pause. Shutdown is not kept waiting."""
+        path = f"{self.folder()}/sock"
+        tried: list[tuple[float, bool]] = []
+        connected = vhost_user._connected
+
+        def attempt(path: str) -> socket.socket:
+            try:
+                sock = connected(path)
+            except OSError:
+                tried.append((time.monotonic(), False))
+                raise
+            tried.append((time.monotonic(), True))
+            return sock
+
+        pauses = mock.patch.multiple(VhostUserDaemon, _FIRST_PAUSE=0.02, _LONGEST_PAUSE=1.0)
+        with pauses, mock.patch.object(vhost_user, "_connected", attempt), self.reconnecting(Echo(), path):
+            wait_until(lambda: len(tried) > 5, "some attempts")
+            with self.listening(path) as accept:
+                for _ in range(3):
+                    accept().close()
+                wait_until(lambda: sum(well for _, well in tried) == 3, "the last one to be noted")
+            connected_at = len(tried) - 1
+            wait_until(lambda: len(tried) > connected_at + 3, "some more")
+        failures = 0
+        for (before, well), (now, _) in itertools.pairwise(tried):
+            failures = 0 if well else failures + 1
+            self.assertGreaterEqual(now - before, min(0.02 * 2 ** max(failures - 1, 0), 1.0) * 0.99)
+        self.assertLess(tried[connected_at + 3][0] - tried[connected_at][0], 1.5, "it does not begin anew")
+        with mock.patch.object(VhostUserDaemon, "_FIRST_PAUSE", 2 * PATIENCE), self.reconnecting(Echo(), path):
+            self.expect_log("trying again")
+
+    def test_rings_go_on_when_the_front_end_comes_back(self) -> None:
+        """To where the daemon connects: with the same memory and rings, and with what was in flight."""
+        path = f"{self.folder()}/sock"
+        device = Later()
+        memory = GuestMemoryMmap.from_ranges([(RAM, 1 << 20)])
+        areas = areas_at(RAM, SplitDriverQueue, 16)
+        driver = SplitDriverQueue(memory, 16, areas)
+        region: tuple[Inflight, int] | None = None
+        with self.reconnecting(device, path):
+            for life in range(4):
+                with self.listening(path) as accept, accept() as frontend:
+                    frontend.negotiate(0)
+                    frontend.share_memory(memory)
+                    if region is None:
+                        region = frontend.get_inflight(1, 16)
+                        self.addCleanup(os.close, region[1])
+                    frontend.set_inflight(*region)
+                    queue = frontend.start_queue(0, driver)
+                    for number in range(3):
+                        memory.write(RAM + 0x8000, b"ping")
+                        driver.add([(RAM + 0x8000, 4)], [(RAM + 0x9000 + 64 * number, 4)], (life, number))
+                    queue.publish()
+                    device.holds(4 if life else 3)
+                    tokens = []
+                    for _ in range(3 if life else 2):
+                        device.complete(0)
+                        tokens += [token for token, _ in queue.wait(PATIENCE)]
+                    left = [(life - 1, 2)] if life else []
+                    self.assertEqual(tokens, [*left, (life, 0), (life, 1)])
+                    self.assertEqual(memory.read(RAM + 0x9000 + 64, 4), b"gnip")
+                wait_until(lambda: len(device.told("disconnected")) == life + 1, "the daemon to notice")  # noqa: B023
+                device.held.clear()
+
     def test_daemon_serves_a_connected_socket(self) -> None:
         ours, theirs = socket.socketpair()
         daemon = VhostUserDaemon("test", Echo())
