@@ -295,13 +295,15 @@ class Device:
     name: str = "disk0"
     bus: str = "port0"
     reconnect: bool = False  # whether QEMU tries again when the back-end goes away
+    listens: bool = False  # whether it is QEMU that listens
 
     def arguments(self) -> dict[str, object]:
         chardev = f"c-{self.name}"
         return {"driver": self.driver, "id": self.name, "bus": self.bus, "chardev": chardev, **self.properties}
 
     def command_line(self) -> list[str]:
-        chardev = f"socket,id=c-{self.name},path={self.socket}" + (",reconnect-ms=100" if self.reconnect else "")
+        chardev = f"socket,id=c-{self.name},path={self.socket}"
+        chardev += ",reconnect-ms=100" if self.reconnect else ",server=on,wait=off" if self.listens else ""
         return ["-chardev", chardev, "-device", json.dumps(self.arguments())]
 
     def plug(self, qmp: Qmp) -> None:

@@ -77,8 +77,8 @@ def is_listening(socket: Path) -> bool:
         return any(r[-1].strip() == str(socket) and int(r[3], 16) & SO_ACCEPTCON for r in rows if r[0] != "Num")
 
 
-def start_backend(case: InteropTest, argv: Sequence[str], socket: Path) -> Process:
-    """Starts a back-end, and returns once it listens on `socket`. It ends with the test."""
+def start_backend(case: InteropTest, argv: Sequence[str], socket: Path, listens: bool = True) -> Process:
+    """Starts a back-end, and returns once it listens on `socket`, if it does. It ends with the test."""
     process = Process(argv, socket.with_suffix(".log"))
     case.addCleanup(process.stop)
 
@@ -87,7 +87,8 @@ def start_backend(case: InteropTest, argv: Sequence[str], socket: Path) -> Proce
             raise AssertionError(process.died())
         return is_listening(socket)
 
-    wait_for(ready, f"{argv[0]} listens on {socket.name}")
+    if listens:
+        wait_for(ready, f"{argv[0]} listens on {socket.name}")
     return process
 
 
@@ -107,6 +108,7 @@ class Disk:
     direct: bool = False
     block_size: int = 512
     code: str = ""  # Python that runs our disk, changed in some way
+    client: bool = False  # it connects, where the front-end listens, again and again
 
 
 # User-mode Linux takes every feature that it is offered, so split rings there are for the device to ask for.
@@ -144,6 +146,7 @@ def _our_disk(disk: Disk, socket: Path) -> list[str]:
         f"--processes={disk.processes}",
         f"--aio={disk.aio}",
         *(["--direct"] if disk.direct else []),
+        *(["--client", "--reconnect"] if disk.client else []),
         f"--block-size={disk.block_size}",
     ]
 
@@ -182,7 +185,7 @@ class DiskKind:
 
 DISKS = {
     "ours": DiskKind(_our_disk),
-    "qsd": DiskKind(_sid_storage_daemon, frozenset({"aio", "packed", "in_order", "processes", "resize"})),
+    "qsd": DiskKind(_sid_storage_daemon, frozenset({"aio", "packed", "in_order", "processes", "resize", "client"})),
 }
 
 
@@ -194,7 +197,7 @@ def needs_disk(*abilities: str) -> None:
 
 def serve_disk(case: InteropTest, disk: Disk, socket: Path) -> Process:
     """The disk under test."""
-    return start_backend(case, DISKS[DISK].command(disk, socket), socket)
+    return start_backend(case, DISKS[DISK].command(disk, socket), socket, listens=not disk.client)
 
 
 def serve_rng(case: InteropTest, socket: Path) -> Process:

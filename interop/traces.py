@@ -14,6 +14,7 @@ from vhost_user import VhostUserProtocolFeatures
 # By module of tests: the front-end that its guests or programs have.
 FRONT_ENDS = {
     "test_block_layer": "libblkio",
+    "test_client": "QEMU",
     "test_guest_blk": "QEMU",
     "test_guest_crypto": "QEMU",
     "test_guest_rng": "QEMU",
