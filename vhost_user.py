@@ -1212,7 +1212,10 @@ class BackendChannel:
         if answer is None:
             return False
         with answer:
-            return answer.payload == bytes(8)
+            agreed = answer.payload == bytes(8)
+        if not agreed:
+            log.debug("-> %s refused", name)
+        return agreed
 
     def _send(self, name: str, flags: int, payload: Payload, fds: Sequence[int], patience: float | None = None) -> bool:
         row = BACKEND_REQUESTS[name]

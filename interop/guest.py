@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import initramfs, sid
+from . import initramfs, sid, traces
 from .peers import Process
 from .support import PATIENCE, needs, needs_sid, tail
 
@@ -209,6 +209,10 @@ class Machine:
         else:
             needs("qemu-system-x86_64")
 
+    def note(self) -> None:
+        """The test at hand has a guest of this one."""
+        traces.old_guest |= not self.newest
+
     def kernel(self) -> initramfs.Kernel:
         return initramfs.sid_kernel() if self.newest else initramfs.debian12_kernel()
 
@@ -248,6 +252,7 @@ class QemuGuest(Guest):
         and the guest uses it, for the devices with `iommu_platform` and `ats`. `slots`: how many memory modules can be plugged in.
         `modules`: of the kernel, besides those that every guest loads."""
         machine.require()
+        machine.note()
         kernel = machine.kernel()
         images = [initramfs.elf_kernel(kernel), initramfs.build(kernel.modules, initramfs.MODULES + tuple(modules))]
         name = "incoming" if incoming else "console"

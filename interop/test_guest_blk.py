@@ -61,6 +61,7 @@ class SharedGuest(InteropTest):
         if cls._guest is None:
             cls._guest = QemuGuest(cls.machine, Path(cls._folder.name), cpus=cls.cpus)
             cls._guest.wait_ready()
+        cls.machine.note()
         return cls._guest
 
     @contextlib.contextmanager

@@ -9,6 +9,24 @@ from . import traces
 from .support import REPOSITORY, missing
 
 
+class Uses(unittest.TestCase):
+    def test_what_was_refused_or_not_sent_is_no_use(self) -> None:
+        log = """
+2026-01-01 00:00:00,000 DEBUG vhost_user: <- SET_PROTOCOL_FEATURES 0x9
+2026-01-01 00:00:00,000 DEBUG vhost_user: <- GET_FEATURES  -> 0x140000000
+2026-01-01 00:00:00,000 DEBUG vhost_user: <- SET_STATUS 0x1 -> refused
+2026-01-01 00:00:00,000 DEBUG vhost_user: -> CONFIG_CHANGE_MSG not sent: all rings are stopped
+2026-01-01 00:00:00,000 DEBUG vhost_user: -> SHMEM_MAP region 0: 0x1000 bytes at 0x0, from 0x0, flags 0
+2026-01-01 00:00:00,000 DEBUG vhost_user: -> SHMEM_MAP refused
+2026-01-01 00:00:00,000 DEBUG vhost_user: -> IOTLB_MSG miss
+2026-01-01 00:00:00,000 DEBUG vhost_user: IOTLB_MSG could not be sent: the peer is silent
+2026-01-01 00:00:00,000 DEBUG vhost_user: -> VRING_CALL ring 0: 0x0
+2026-01-01 00:00:00,000 WARNING vhost_user: VRING_CALL is not answered: closed
+2026-01-01 00:00:00,000 DEBUG vhost_user: -> VRING_CALL ring 0: 0x0
+"""
+        self.assertEqual(set(traces.uses(log)), {"<- SET_PROTOCOL_FEATURES", "MQ", "REPLY_ACK", "<- GET_FEATURES", "-> VRING_CALL"})
+
+
 class Table(unittest.TestCase):
     """Runs last: `__main__` sees to it."""
 
