@@ -5073,6 +5073,7 @@ class RingStateTests(DaemonTest):
             with self.subTest(completes=completes), self.connected(device) as frontend, mock.patch.object(vhost_user._Session, "_LOST_AFTER", 1):
                 [queue] = frontend.queues
                 queue.submit([], [(frontend.arena[0], 4)])
+                device.holds(1)
                 self.expect_log("ring 0: the device failed")
                 if completes:
                     device.complete()
