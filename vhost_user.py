@@ -1691,7 +1691,7 @@ class VringEpollHandler:
 
     def _linger(self, position: int, ready: Callable[[], bool]) -> bool:
         """Poll a ring that was emptied, for as long as it seems to pay. Returns whether it is `ready` again; or else there may be other things."""
-        if self._pending or self._events:
+        if self._pending or self._events or self._seen:
             return False  # another ring has more, or something else has happened
         start = time.perf_counter()
         while time.perf_counter() < start + self._window:
