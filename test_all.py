@@ -14,6 +14,9 @@ print their seed when they fail; VHOST_USER_SEED=N runs that one again.
 `rule N` is one of RULES, which implementations of vhost-user have got wrong.
 """
 
+# mypy: disable-error-code="func-returns-value"
+# A lambda that notes its call and goes on: (calls.append(argument), go_on(argument))[1].
+
 from __future__ import annotations
 
 import array
@@ -46,7 +49,7 @@ import traceback
 import unittest
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from unittest import mock
 from uuid import UUID
 
@@ -68,6 +71,7 @@ if BUNDLE and sys.modules.get("vhost_user") is not sys.modules.get("vring", sys)
 if TYPE_CHECKING or BUNDLE or not __package__:
     import vhost_user
     from guest_memory import (
+        ACCESS_READ,
         MAX_REGIONS,
         DirtyLog,
         Fence,
@@ -142,6 +146,7 @@ if TYPE_CHECKING or BUNDLE or not __package__:
 else:
     from . import vhost_user
     from .guest_memory import (
+        ACCESS_READ,
         MAX_REGIONS,
         DirtyLog,
         Fence,
@@ -1109,7 +1114,8 @@ class OrderTests(CoreTest):
 
     def test_fence_is_a_release_and_then_an_acquire(self) -> None:
         """Its argument stands on these two, in this order; on x86-64 nothing else would show that they are gone."""
-        fence, seen = Fence(), []
+        fence: Any = Fence()
+        seen: list[str] = []
         release, acquire = fence._release, fence._acquire
         fence._release = lambda: (seen.append("release"), release())[1]
         fence._acquire = lambda: (seen.append("acquire"), acquire())[1]
@@ -2070,8 +2076,9 @@ class CompletionTests(RingTest):
     def test_ring_that_is_stopped_while_a_chain_is_completed(self) -> None:
         """By another thread, at any point of add_used: the chain is dropped. Nothing of it comes back when the ring has started again, and nobody
         looks for it without end."""
-        cases = ((*case, ring) for case in itertools.product((False, True), repeat=2) for ring in self.rings(kind=VringMutex))
-        for restarts, many, ring in cases:
+        for restarts, many, ring in (
+            (restarts, many, ring) for restarts in (False, True) for many in (False, True) for ring in self.rings(kind=VringMutex)
+        ):
             ring.request()
             [chain] = ring.vring
 
@@ -2389,7 +2396,7 @@ class NotificationTests(RingTest):
                         queue.completed += (chain._token, 0)
                     queue.publish()
                     if number:
-                        self.at_the_fence(queue, lambda driver=driver, found=found: found.append(driver.enable_notification()))
+                        self.at_the_fence(queue, lambda: found.append(driver.enable_notification()))  # noqa: B023 - called here
                         self.assertTrue(queue.needs_notification())
                     else:
                         queue.needs_notification()
@@ -2733,7 +2740,7 @@ class RecoveryTests(DaemonTest):
                         for chain in reversed(list(vring)):
                             vring.add_used(chain, 0)
                             used += driver.used()
-                        self.assertEqual(sorted(token for token, _ in used), [0, 1, 2])  # type: ignore[type-var]
+                        self.assertEqual(sorted(token for token, _ in used), [0, 1, 2])
                         driver.add([], [(RAM + 8 * PAGE, 4)], "after all that")
                         driver.publish()
                         vring.add_used_all(list(vring))
@@ -2778,13 +2785,15 @@ class RecoveryTests(DaemonTest):
         recovered = 0
         with self.seeded() as random_:
             for number in range(400):
-                for kind, recover in (SplitInflight, lambda t: t.recover(7)), (PackedInflight, lambda t: t.recover(lambda position: 0)):
+                kind: type[SplitInflight | PackedInflight]
+                for kind, argument in (SplitInflight, 7), (PackedInflight, lambda position: 0):
                     area = memoryview(bytearray(random_.randbytes(kind.bytes_for(8))))
                     if number % 2:  # small numbers
                         area[:] = bytes(byte % 9 if at % 2 == 0 else 0 for at, byte in enumerate(area))
                     area[8:12] = struct.pack("=HH", 1, 8)
                     with contextlib.suppress(VringError):
-                        recover(kind(area, 8))
+                        recover: Any = kind(area, 8).recover
+                        recover(argument)
                         recovered += 1
         self.assertGreater(recovered, 0)
         with self.assertRaisesRegex(VringError, "for a queue of 8, this one has 16"):
@@ -3770,7 +3779,7 @@ RULES = {
 
 class RuleTests(unittest.TestCase):
     def test_every_rule_has_its_test(self) -> None:
-        named = set()
+        named: set[int] = set()
         for cases in globals().values():
             for name, test in vars(cases).items() if isinstance(cases, type) and issubclass(cases, unittest.TestCase) else ():
                 if name.startswith("test_"):
@@ -5200,7 +5209,8 @@ class PollingTests(DaemonTest):
                     go.wait(PATIENCE)
                 return super().handle_event(device_event, evset, vrings, thread_id)
 
-        device, go, looks = Held(), threading.Event(), []
+        device, go = Held(), threading.Event()
+        looks: list[set[int]] = []
         with self.serving(device) as served, served.connect() as frontend:
             [worker] = served.daemon.get_epoll_handlers()
             [queue] = frontend.setup(memory=4 << 20, size=64)
@@ -5339,8 +5349,12 @@ class PollingTests(DaemonTest):
                 self.echo(frontend, queue)
                 return worker._window
 
+            def begins_to_poll() -> bool:
+                self.rests(worker)
+                return window(0.0) > 0
+
             # More than once: how long a pause was for the worker is up to the machine as well, and it counts from when the last poll began.
-            wait_until(lambda: self.rests(worker) or window(0.0) > 0, "it to poll")
+            wait_until(begins_to_poll, "it to poll")
             wait_until(lambda: window(0.2) == 0, "it not to poll")
 
     def test_worker_whose_rings_are_woken_all_the_time(self) -> None:
@@ -6019,7 +6033,7 @@ class IommuTests(DaemonTest):
             at = frontend.arena[0]
             self.ping(frontend, queue, b"ping", at)
             frontend.unmap_iova(at + 2 * PAGE, PAGE)
-            frontend.map_iova(at + 2 * PAGE, PAGE, RAM + PAGE, vhost_user.ACCESS_READ)
+            frontend.map_iova(at + 2 * PAGE, PAGE, RAM + PAGE, ACCESS_READ)
             queue.submit([(at, 4)], [(at + 2 * PAGE, 4)], "to read-only memory")
             self.assertEqual(queue.wait(PATIENCE), [("to read-only memory", 0)])
             self.assertEqual(frontend.memory.read(RAM + PAGE, 4), bytes(4))
@@ -6195,10 +6209,10 @@ class PostcopyTests(DaemonTest):
     def test_front_end_that_dies_leaves_nobody_waiting(self) -> None:
         """Not even a thread that waits for a page with the interpreter's lock in its hand."""
         with self.arriving() as (frontend, fd, _, _, _):
-            driver = SplitDriverQueue(GuestMemoryMmap.from_ranges([(RAM, self.SIZE)]), 16, (RAM + PAGE, RAM + 2 * PAGE, RAM + 3 * PAGE))
+            desc, avail, used = (frontend.user_addr(RAM + number * PAGE) for number in (1, 2, 3))
             for name, payload in (
                 ("SET_VRING_NUM", VringStatePayload(0, 16)),
-                ("SET_VRING_ADDR", VringAddr(0, 0, *(frontend.user_addr(driver.areas[n]) for n in (0, 2, 1)), 0)),
+                ("SET_VRING_ADDR", VringAddr(0, 0, desc, used, avail, 0)),
             ):
                 frontend.request(name, payload)
             frontend.connection.send(12, 0, u64(0), [self.eventfd()])
@@ -6804,12 +6818,13 @@ class DeviceTests(DaemonTest):
             def __exit__(self, *_: object) -> None:
                 self.release()
 
-        device, waits = Busy(), []
+        device = Busy()
+        waits: list[int] = []
         device.get_config = lambda offset, size: bytes([min(device.batches - waits[-1], 255)])  # type: ignore[method-assign]
         with self.serving(device) as served, served.connect() as frontend:
             frontend.setup(memory=1 << 20, size=16)
             wait_until(lambda: device.batches > 5, "the worker to be busy")
-            gate, served.daemon.calls._gate = served.daemon.calls._gate, Gate()  # type: ignore[assignment,union-attr]
+            gate, served.daemon.calls._gate = served.daemon.calls._gate, Gate()  # type: ignore[union-attr]
             for turn in range(1, 51):
                 [batches] = frontend.get_config(0, 1)
                 # The one that has begun is over then; one may have passed the gate just before. (How many the control thread takes to come
@@ -6961,7 +6976,7 @@ class DeviceTests(DaemonTest):
         fd = self.eventfd(1)
         with self.serving(device) as served:
             [worker] = served.daemon.get_epoll_handlers()
-            epoll, worker._epoll = worker._epoll, Slow()
+            epoll, worker._epoll = worker._epoll, cast(select.epoll, Slow())
             try:
                 worker.register_listener(fd, select.EPOLLIN | select.EPOLLET, 2)
             finally:
@@ -7014,7 +7029,7 @@ class DeviceTests(DaemonTest):
 
         class Vanishing(dict[int, int]):
             def __contains__(self, fd: object) -> bool:
-                return self.pop(fd, None) is not None
+                return self.pop(cast(int, fd), None) is not None
 
         device, fd = Listening(), self.eventfd()
         with self.serving(device) as served, served.connect() as frontend:
@@ -7034,7 +7049,8 @@ class DeviceTests(DaemonTest):
         fd = self.eventfd(1)
         with self.serving(device) as served:
             [worker] = served.daemon.get_epoll_handlers()
-            emit, registered = self._log.emit, []
+            emit = self._log.emit
+            registered: list[bool] = []
             with mock.patch.object(self._log, "emit", lambda record: (registered.append(fd in worker._listeners), emit(record))):
                 worker.register_listener(fd, select.EPOLLIN, 7)
                 self.expect_log("listener 7 .* removed")
@@ -8097,8 +8113,8 @@ class ProcessTests(DaemonTest):
 
         class Asking(Whole):
             num_queues = 2
-            protocol_features = 0
-            withheld_protocol_features = 0
+            protocol_features = PF(0)
+            withheld_protocol_features = PF(0)
 
             def process_queue(self, vring: VringT) -> None:
                 for chain in vring:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tools import test_readme
+
 from . import sid
 from .diskcheck import MIB
 from .peers import Disk, Process, serve_disk, start_backend
@@ -67,6 +69,17 @@ class BlockLayer(InteropTest):
         with open(image, "rb") as file:
             file.seek(MIB)
             self.assertEqual(file.read(64 << 10), b"\x5a" * (64 << 10))
+
+    def test_disk_in_the_readme(self) -> None:
+        """Its example, as it is shown."""
+        [source] = [block for block in test_readme.blocks("python") if '"/tmp/disk.sock"' in block]
+        program = self.dir / "disk.py"
+        program.write_text(source.replace("/tmp/disk.sock", str(self.socket)), encoding="utf-8")
+        start_backend(self, [sys.executable, "-c", f"import runpy; runpy.run_path({str(program)!r})"], self.socket)
+        self.succeeds("write -P 0x5a 1M 64k", "write -P 0xa5 63M 1M", "write -P 0xc3 512 512")
+        self.succeeds("read -P 0x5a 1M 64k", "read -P 0xa5 63M 1M", "read -P 0xc3 512 512", "read -P 0 1088k 64k")
+        for command in f"read {SIZE} 64k", f"write {SIZE - 4096} 64k":
+            self.assertNotEqual(self.qemu_io(command)[0], 0, command)
 
     def test_write_and_read_with_pattern(self) -> None:
         image, _ = self.serve()
