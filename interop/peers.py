@@ -24,6 +24,10 @@ SO_ACCEPTCON = 0x10000  # in the flags of /proc/net/unix
 DISK = os.environ.get("VHOST_USER_INTEROP_DISK", "ours")
 
 
+# Buffered, a line is one write, and stays whole among those of other threads.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 class Process:
     """A program with its output in `log`; the kernel ends it too when the tests themselves are killed."""
 
@@ -37,6 +41,7 @@ class Process:
                 stdout=out,
                 stderr=out,
                 cwd=cwd,
+                env=ENVIRONMENT,
                 pass_fds=tuple(pass_fds),
                 start_new_session=True,  # so that stop() reaches what the program itself started
             )
