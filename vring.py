@@ -285,14 +285,14 @@ class RequestBatch:
     A request that is not done by then has to be made a chain (`chain`) before.
     """
 
-    __slots__ = ("_header", "_queue", "_status", "chains", "done", "ram", "requests")
+    __slots__ = ("_header", "_queue", "_shape", "chains", "done", "ram", "requests")
 
     ram: memoryview
     _queue: Queue
 
     def __init__(self, header: struct.Struct, status: int) -> None:
         self._header = header
-        self._status = status
+        self._shape = header.size, status
         self.requests: list[FlatRequest] = []
         self.chains: list[DescriptorChain] = []
         self.done: list[int] = []
@@ -300,7 +300,7 @@ class RequestBatch:
     def chain(self, request: FlatRequest) -> DescriptorChain:
         """One of `requests` as a chain, for `add_used`, now or later."""
         token, _, header_at, into, at, length, status_at = request
-        ram, size, written = self.ram, self._header.size, self._status
+        ram, (size, written) = self.ram, self._shape
         header, data, status = ram[header_at : header_at + size], ram[at : at + length], ram[status_at : status_at + written]
         parts: Parts = ((header,), (data, status), size, length + written) if into else ((header, data), (status,), size + length, written)
         chain = DescriptorChain(token, parts)
@@ -641,7 +641,15 @@ class Queue(_Ring, ABC):
     def forget(self) -> None:
         """Translate all addresses of chains anew from here on."""
         self._flat: FlatMemory = self._memory.flat
+        self._limits: tuple[int, ...] = ()
         self._long: dict[bytes, Parts] = {}
+
+    def _set_limits(self, header: int, status: int) -> None:
+        """Where in flat memory the parts of a FlatRequest with a header and a status of so many bytes may begin: these sizes; where the two ranges
+        start; the last places in each of a header, a status, a table of three; and where the ranges end."""
+        _, (start, end), (start2, end2) = self._flat
+        ends = (end - header, end2 - header, end - status, end2 - status, end - _THREE, end2 - _THREE, end, end2)
+        self._limits = (header, status, start, start2, *ends)
 
     def lies_in(self, address: int, size: int) -> bool:
         """Whether the ring itself has a byte in that range."""
@@ -962,7 +970,6 @@ class SplitQueue(Queue):
     def forget(self) -> None:
         super().forget()
         self._known: list[DescriptorChain | None] = [None] * self.size  # by head
-        self._shape = (0, 0)  # bytes of header and status of
         self._shapes: list[_KnownRequest] = []  # requests, by head too
         self._familiar = True
         self._misses = 0
@@ -1006,6 +1013,10 @@ class SplitQueue(Queue):
         if self._swap:
             index = _swap16(index)
         return (index != self._next_avail and self.stalled is None) or bool(self._again)
+
+    def _set_limits(self, header: int, status: int) -> None:
+        super()._set_limits(header, status)
+        self._shapes = [_UNKNOWN] * self.size
 
     def _heads(self, limit: int) -> list[int]:
         """The next head descriptors that the driver made available, about `limit` at most. Raises _BrokenRing."""
@@ -1073,13 +1084,11 @@ class SplitQueue(Queue):
         heads = self._heads(limit)
         requests = batch.requests
         append, before = requests.append, len(requests)
-        unpack, header, status = batch._header.unpack_from, batch._header.size, batch._status
-        if self._shape != (header, status):
-            self._shape, self._shapes = (header, status), [_UNKNOWN] * self.size
-        ram, (start, end), (start2, end2) = self._flat
+        if self._limits[:2] != batch._shape:
+            self._set_limits(*batch._shape)
+        header, status, start, start2, header_end, header_end2, status_end, status_end2, table_end, table_end2, end, end2 = self._limits
+        ram, unpack = self._flat.view, batch._header.unpack_from
         desc, indirect, shapes, familiar = self._desc, self._indirect, self._shapes, self._familiar
-        table_end, header_end, status_end = end - _THREE, end - header, end - status
-        table_end2, header_end2, status_end2 = end2 - _THREE, end2 - header, end2 - status
         misses = 0
         try:
             for head in heads:
@@ -1096,9 +1105,11 @@ class SplitQueue(Queue):
                         break
                     if familiar:
                         descriptors = _DESCRIPTOR.pack(first, size1, flags1, next1)
-                    table = ram[first : first + _THREE]
-                    content = table.tobytes()
-                    first, size1, flags1, next1, second, length, flags2, next2, third, size3, flags3, _ = _UNPACK_THREE(content)
+                        table = ram[first : first + _THREE]
+                        content = table.tobytes()
+                        first, size1, flags1, next1, second, length, flags2, next2, third, size3, flags3, _ = _UNPACK_THREE(content)
+                    else:
+                        first, size1, flags1, next1, second, length, flags2, next2, third, size3, flags3, _ = _UNPACK_THREE(ram, first)
                     if next1 != 1 or next2 != 2:
                         break
                 else:
@@ -1450,22 +1461,23 @@ class PackedQueue(Queue):
         self.stalled = None
         requests = batch.requests
         append, before = requests.append, len(requests)
-        ram, (start, end), (start2, end2) = self._flat
+        if self._limits[:2] != batch._shape:
+            self._set_limits(*batch._shape)
+        header, status, start, start2, header_end, header_end2, status_end, status_end2, table_end, table_end2, end, end2 = self._limits
+        ram, unpack = self._flat.view, batch._header.unpack_from
         desc, ring_flags, indirect, inflight = self._desc, self._flags, self._indirect, self._inflight
-        unpack, header, status = batch._header.unpack_from, batch._header.size, batch._status
-        table_end, header_end, status_end = end - _THREE, end - header, end - status
-        table_end2, header_end2, status_end2 = end2 - _THREE, end2 - header, end2 - status
         position, size, room = self._next_avail, self.size, self.size - self.outstanding
         wanted = PACKED_F_AVAIL if self._avail_wrap else PACKED_F_USED
         other = True
         for _ in range(limit):
-            if ring_flags[8 * position + 7] & PACKED_F_BOTH != wanted:
+            flags = ring_flags[8 * position + 7]
+            if flags & PACKED_F_BOTH != wanted:
                 other = False
                 break
             if not STRONGLY_ORDERED:
                 self._fence()
-            address, length, identity, flags = _UNPACK_ONE(desc, position << 4)
             if flags & ~PACKED_F_BOTH == DESC_F_INDIRECT:
+                address, length, identity, _ = _UNPACK_ONE(desc, position << 4)
                 if length != _THREE or not indirect or not (start <= address <= table_end or start2 <= address <= table_end2):
                     break
                 first, size1, _, flags1, second, length, _, flags2, third, size3, _, flags3 = _UNPACK_THREE(ram, address)

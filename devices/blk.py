@@ -863,10 +863,9 @@ class Blk(VhostUserBackend):
             rest = self._copy(batch) if self.image.copies_reads else batch.requests
             if rest:
                 rest = transfers.do(batch, rest, self._capacity * SECTOR)
-            chains = [*batch.chains, *map(batch.chain, rest)]
-            if chains:
-                self._serve(vring, transfers, chains)
-            transfers.submit()
+            if rest or batch.chains:
+                self._serve(vring, transfers, [*batch.chains, *map(batch.chain, rest)])
+                transfers.submit()
 
     def _copy(self, batch: RequestBatch) -> list[FlatRequest]:
         """Do what is a copy within memory. Returns all other requests."""
@@ -874,10 +873,13 @@ class Blk(VhostUserBackend):
         pages, capacity = truncation.pages, self._capacity
         writing = T_OUT if self.image.copies_writes and self.writes_at_once else None
         rest: list[FlatRequest] = []
+        usual, last = 0, -1  # a length, and the last sector where that many bytes may begin
         for request in batch.requests:
             token, (kind, _, sector), _, into, at, length, status = request
-            offset = sector * SECTOR
-            if not length % SECTOR and sector <= capacity - length // SECTOR:
+            if length != usual:
+                usual, last = length, -1 if length % SECTOR else capacity - length // SECTOR
+            if sector <= last:
+                offset = sector * SECTOR
                 try:
                     if into:
                         if kind == T_IN:
