@@ -105,7 +105,7 @@ _MREMAP_MAYMOVE_FIXED = 1 | 2
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE = os.sysconf("SC_PAGESIZE")
 _HUGE = 1 << 30  # no processor here has larger pages
-_MOST_SPAN = min(1 << 45, sys.maxsize >> 2)  # bytes of address space that guest memory may take up as one view
+_MOST_SPAN = min(1 << 45, sys.maxsize >> 2)  # bytes of address space that guest memory may take up as one view: some of what a process has
 
 _mappings: dict[int, int] = {}  # address -> length of all that is mapped
 
@@ -458,7 +458,7 @@ class Userfault:
             raise GuestMemoryError(f"{region} cannot be watched for page faults: {error} (is it a memfd or hugetlbfs?)") from None
 
     def close(self) -> None:
-        """Close this descriptor; once only matters."""
+        """Close this descriptor. To do so again has no effect."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -568,7 +568,8 @@ class FlatMemory(NamedTuple):
 
     @classmethod
     def of(cls, regions: Sequence[GuestRegionMmap]) -> FlatMemory:
-        """Of regions in the order of their guest addresses: all that can be mapped a second time, side by side, or one of them if that is more."""
+        """Of regions in the order of their guest addresses: all that can be mapped a second time, side by side; or the largest one, if that is
+        more."""
         largest = max(regions, key=lambda region: region.size, default=None)
         if largest is None or regions[-1].guest_addr + regions[-1].size > sys.maxsize:
             return NOWHERE
@@ -608,7 +609,7 @@ class FlatMemory(NamedTuple):
 def _shifted(memory: memoryview, start: int, end: int) -> memoryview:
     """`memory`, whose first byte gets the index `start`; `end` is behind the last one that is needed."""
     shifted: Any = (ctypes.c_ubyte * end).from_address((_address_of(memory) - start) % ADDRESS_LIMIT)
-    shifted.memory = memory  # which it keeps alive
+    shifted.flat = memory  # which it keeps alive, and by which `guest_ranges` knows its views
     return memoryview(shifted).cast("B")
 
 
@@ -670,13 +671,12 @@ class GuestMemoryMmap:
         return None
 
     def guest_ranges(self, view: memoryview) -> list[tuple[int, int]]:
-        """(guest address, length) of a view that `view` or `views` gave, where the region is still there."""
-        start = _address_of(view)
-        if self._flat:
-            guest_addr = (start - _address_of(self._flat.view)) % ADDRESS_LIMIT
-            for first, end in self._flat[1:]:
-                if first <= guest_addr < end:
-                    return [(guest_addr, len(view))]
+        """(guest address, length) of a view that `view`, `views` or `flat` gave, here or in another snapshot of this guest's memory, where there
+        still is a region."""
+        start, mapping = _address_of(view), view.obj
+        if isinstance(mapping, ctypes.Array) and hasattr(mapping, "flat"):
+            guest_addr = (start - ctypes.addressof(mapping)) % ADDRESS_LIMIT
+            return [(guest_addr, len(view))] if self.find_region(guest_addr) else []
         return [(region.guest_addr + start - host, len(view)) for region in self.regions if (host := region.host_addr) <= start < host + region.size]
 
     def user_to_guest(self, user_addr: int, length: int = 1) -> int:
@@ -704,7 +704,7 @@ class GuestMemoryMmap:
         return found
 
     def view(self, guest_addr: int, length: int, access: int = ACCESS_READ | ACCESS_WRITE) -> memoryview:
-        """`length` bytes at the guest address, as one view into guest RAM, which allows any access. Raises GuestMemoryError unless they lie in
+        """`length` bytes at the guest address, as one view into guest RAM, where any `access` is allowed. Raises GuestMemoryError unless they lie in
         one region."""
         region = self.find_region(guest_addr)
         if region is not None:
@@ -791,6 +791,7 @@ class Iotlb:
     MOST_ASKED = 64  # misses that are told at a time
     ASK_AGAIN = 1.0  # seconds without an answer
     MISS, UPDATE, INVALIDATE, ACCESS_FAIL = 1, 2, 3, 4  # types of IOTLB messages
+    _LARGE = 1 << 21  # bytes of an update whose pages are too many to look for them one by one
 
     def __init__(self, tell: Callable[[int, int, int], bool]) -> None:
         """`tell(kind, iova, access)` tells the front-end of a MISS or an ACCESS_FAIL, if that needs no waiting, and returns whether it did."""
@@ -809,8 +810,11 @@ class Iotlb:
         with self._lock:
             dropped = self._drop(iova, iova + size)
             self._page = max(0x1000, size & -size)
-            for page in range(iova >> 12, (iova + size - 1 >> 12) + 1) if size <= 1 << 21 else list(self._asked):
-                self._asked.pop(page, None)
+            if size <= self._LARGE:
+                for page in range(iova >> 12, (iova + size - 1 >> 12) + 1):
+                    self._asked.pop(page, None)
+            else:  # what of it is still unknown is asked for once more
+                self._asked.clear()
             insort(self._starts, iova)
             self._entries[iova] = (size, user_addr, access)
             while len(self._entries) > self.LIMIT:
@@ -834,7 +838,7 @@ class Iotlb:
         return dropped
 
     def find(self, iova: int) -> tuple[int, int, int, int] | None:
-        """The translation that has this IOVA: its first IOVA, size, user address and access."""
+        """The translation that has this IOVA: its first IOVA, size, user address and access. For a thread that others do not disturb."""
         position = bisect_right(self._starts, iova) - 1
         if position >= 0:
             start = self._starts[position]

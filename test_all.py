@@ -1852,6 +1852,60 @@ class HostileChainTests(RingTest):
                         self.assertGreaterEqual(ring.vring.in_flight, 0)
 
 
+class RememberedChainTests(RingTest):
+    """What a ring keeps of the chains that it has seen."""
+
+    @staticmethod
+    def kept(ring: RawRing) -> int:
+        """Parts of long chains that are remembered."""
+        queue: Any = ring.vring.queue
+        chains = queue._known.values() if ring.packed else queue._known
+        parts = {id(part) for chain in chains if chain for part in (*chain.readable, *chain.writable)}
+        return len(parts | {id(part) for content in queue._long.values() for part in (*content[0], *content[1])})
+
+    def test_memory_for_chains_is_not_the_drivers_choice(self) -> None:
+        with mock.patch.object(Queue, "_MOST_KEPT", 100):
+            for ring in self.rings(size=32):
+                most = 0
+                for number in range(60):
+                    shape = [(DATA + number + 8 * part, 8, F_WRITE) for part in range(30)]
+                    if number % 2:
+                        ring.offer((*self.table(ring, shape, TABLES + 0x400 * (number % 8)), F_INDIRECT))
+                    else:
+                        ring.offer(*shape)
+                    self.assertEqual(len(ring.run()), 1)
+                    most = max(most, self.kept(ring))
+                self.assertGreater(most, 30)
+                self.assertLessEqual(most, 100 + 3 * 32)
+                self.lives(ring)
+
+    @staticmethod
+    def table(ring: RawRing, parts: Sequence[tuple[int, int, int]], at: int) -> tuple[int, int]:
+        """An indirect table of one chain."""
+        last = len(parts) - 1
+        links = ((*part[:2], part[2] | (F_NEXT if number < last else 0), number + 1 if number < last else 0) for number, part in enumerate(parts))
+        return ring.table(*links, at=at)
+
+    def test_long_chain_is_forgotten_when_a_short_one_comes_in_its_place(self) -> None:
+        """The next ones there are looked at as far as they go, and parsed no more."""
+        with RawRing(size=64) as ring:
+            queue: Any = ring.vring.queue
+            ring.offer(*((DATA + 8 * part, 8, F_WRITE) for part in range(40)))
+            ring.run()
+            with mock.patch.object(queue, "_parse", wraps=queue._parse) as parse:
+                for number in range(5):
+                    ring.request(b"%4d" % number)
+                    struct.pack_into("<Q", ring.desc, 16 * 2, number)  # behind it
+                    ring.run()
+                self.assertEqual(parse.call_count, 1)
+            # One of no bytes is one of its descriptors as well: another third one is another chain.
+            for at in DATA + 0x40, DATA + 0x80:
+                ring.memory.write(at, b"%4x" % (at & 0xFF))
+                ring.offer((DATA, 0, 0), (at, 4, 0), (DATA + 0x100, 4, F_WRITE))
+                ring.run()
+                self.assertEqual(ring.memory.read(DATA + 0x100, 4), (b"%4x" % (at & 0xFF))[::-1])
+
+
 class HostileRingTests(RingTest):
     """A ring that lies is broken until it is started again, and its err eventfd says so."""
 
@@ -5275,6 +5329,59 @@ class PollingTests(DaemonTest):
             for queue in queues:
                 self.echo(frontend, queue)
 
+    def test_what_is_done_later_is_polled_for_as_well(self) -> None:
+        """By another thread, or by a listener, as of an io_uring: while that is waited for, and once it has completed something."""
+
+        class ByListener(Later):
+            asked = False
+
+            def worker_started(self, worker: vhost_user.VringEpollHandler) -> None:
+                worker.register_listener(fd, select.EPOLLIN | select.EPOLLET, 2)
+
+            def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
+                if device_event < len(vrings):
+                    return super().handle_event(device_event, evset, vrings, thread_id)
+                self.complete()
+                return None
+
+        fd = self.eventfd()
+        later, by_listener = Later(), ByListener()
+        ways: list[tuple[Later, Callable[[], None]]] = [(later, later.complete), (by_listener, lambda: os.eventfd_write(fd, 1))]
+        for device, complete in ways:
+            with self.serving(device, poll_us=self.LONG) as served, served.connect() as frontend:
+                frontend.setup(1, memory=4 << 20, size=64, indirect=False)
+                [queue] = frontend.queues
+                [worker] = served.daemon.get_epoll_handlers()
+                at, size = frontend.arena
+                kicks = 0
+                for number in range(20):
+                    worker._window = self.LONG / 1e6
+                    queue.driver.add([(at, 4)], [(at + size // 2, 4)], number)
+                    if queue.driver.publish():
+                        queue.kick()
+                        kicks += 1
+                    device.holds(1)
+                    complete()
+                    self.assertEqual(queue.wait(PATIENCE), [(number, 4)])
+                self.assertLess(kicks, 10, type(device).__name__)
+
+    def test_other_workers_do_not_wait_for_a_poll(self) -> None:
+        """Though the device is for one of them at a time."""
+
+        class Two(Echo):
+            def queues_per_thread(self) -> Sequence[int]:
+                return (1, 2)
+
+        with self.serving(Two(), poll_us=self.LONG) as served, served.connect() as frontend:
+            queues = frontend.setup(2, memory=4 << 20, size=64)
+            for worker, queue, other in zip(served.daemon.get_epoll_handlers(), queues, reversed(queues)):
+                self.rests(worker)
+                worker._window = self.LONG / 1e6
+                self.echo(frontend, queue)
+                start = time.monotonic()
+                self.echo(frontend, other)
+                self.assertLess(time.monotonic() - start, self.LONG / 2e6)
+
     def test_front_end_does_not_wait_for_a_poll(self) -> None:
         """For the ring that is polled, or for a call of the device while it is."""
         with self.serving(Echo(), poll_us=self.LONG) as served, served.connect() as frontend:
@@ -5567,6 +5674,23 @@ class DirtyLogTests(DaemonTest):
             lost += numbers[16] != 0xFFFFFFFF
         numbers[1] = 0xFFFFFFFF
         self.assertEqual((child.wait(PATIENCE), lost), (0, 0))
+
+    def test_memory_that_changes_while_a_request_is_in_flight(self) -> None:
+        """What is written into its buffers is in the log by their guest addresses, as ever."""
+        device = Later()
+        with self.connected(device, indirect=False) as frontend:
+            [queue] = frontend.queues
+            log = GuestMemoryMmap.from_ranges([(0, 16 * PAGE)])
+            start = -(-frontend.arena[0] // 0x1000) * 0x1000
+            frontend.add_region(GuestRegionMmap.allocate(1 << 32, 1 << 20))  # more than one
+            queue.submit([], [(start, 4)])
+            device.holds(1)
+            frontend.add_region(GuestRegionMmap.allocate(1 << 33, 1 << 20))
+            frontend.request("SET_LOG_BASE", Log(16 * PAGE, 0), [log.regions[0].fileno()])
+            frontend.request("SET_FEATURES", U64(frontend.features | self.LOG_ALL))
+            device.complete()
+            self.assertEqual(len(queue.wait(PATIENCE)), 1)
+            self.assertIn(start // 0x1000, self.logged(log.view(0, 16 * PAGE)))
 
     def test_log_that_is_replaced(self) -> None:
         """What was marked and waits for its turn in the ring is in the old one; the eventfd of the old one is open as long as it is used."""
@@ -7968,6 +8092,21 @@ class ProcessTests(DaemonTest):
                 for _ in range(50):
                     self.assertEqual([self.ask(queue)[0] for queue in queues], owners)
 
+    def test_end_of_a_connection_is_not_the_end_of_the_daemon(self) -> None:
+        """Whose main thread goes on waiting where signals are handled."""
+        with self.spread() as served:
+            for _ in range(2):
+                with served.connect() as frontend:
+                    self.ask(frontend.setup(4, memory=4 << 20, size=16)[0])
+                wait_until(lambda: not served.daemon._processes, "the worker processes to end")
+                self.assertFalse(is_readable(served.daemon._ended.fd, 0))
+
+    def test_more_processes_than_queues(self) -> None:
+        with self.spread(Told(), 9) as served, served.connect() as frontend:
+            owners = {self.ask(queue)[0] for queue in frontend.setup(4, memory=4 << 20, size=16)}
+            self.assertEqual(len(owners), 4)
+        self.expect_log("9 worker processes for 4 queues")
+
     def test_config_is_written_in_all_and_refused_once(self) -> None:
         with self.spread() as served, served.connect() as frontend:
             queues = frontend.setup(4, memory=4 << 20, size=16)
@@ -8208,7 +8347,14 @@ class ProgramTests(DaemonTest):
 
     def test_command_lines_that_make_no_sense(self) -> None:
         """rule 27"""
-        for arguments in [], ["--socket-path", "/x", "--fd", "3"], ["--fd", "x"], ["--nonsense"]:
+        for arguments in (
+            [],
+            ["--socket-path", "/x", "--fd", "3"],
+            ["--fd", "x"],
+            ["--nonsense"],
+            ["--fd", "3", "--client"],
+            ["--socket-path", "/x", "--reconnect"],
+        ):
             _, err = self.run_program(*arguments, expect=2)
             self.assertIn("usage: ", err)
 
@@ -8289,9 +8435,20 @@ class ProgramTests(DaemonTest):
                 pass_fds=[listener.fileno()],
                 environment={"LISTEN_FDS": "1"},
             )
-        with Frontend.connect(path) as frontend:
-            self.works(frontend)
-        self.ends(child)
+            named = f"{self.folder()}/named"
+            other = program(
+                self,
+                PROGRAM,
+                "--socket-path",
+                named,
+                launcher=["-c", launcher, str(listener.fileno()), sys.executable],
+                pass_fds=[listener.fileno()],
+                environment={"LISTEN_FDS": "1"},
+            )
+        for program_, where in (child, path), (other, named):  # a socket that is named is the one
+            with Frontend.connect(where) as frontend:
+                self.works(frontend)
+            self.ends(program_)
         _, err = self.run_program(expect=2, environment={"LISTEN_FDS": "1", "LISTEN_PID": "1"})
         self.assertIn("--socket-path", err)
 

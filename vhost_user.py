@@ -285,9 +285,9 @@ FLAG_NEED_REPLY = 1 << 3
 FLAG_MASK = FLAG_VERSION_MASK | FLAG_REPLY | FLAG_NEED_REPLY
 
 HEADER = struct.Struct("=III")  # request, flags, payload size
-MAX_PAYLOAD = 12 + 4096
-MAX_FDS = 32  # in one message; the specification's memory table has 8
 MAX_CONFIG = 0x1000  # bytes of config space, as in the kernel's vhost
+MAX_PAYLOAD = 12 + MAX_CONFIG  # the longest there is: offset, size, flags, and all of config space
+MAX_FDS = 32  # in one message; the specification's memory table has 8
 
 CONFIG_FLAG_WRITABLE, CONFIG_FLAG_LIVE_MIGRATION = 0, 1
 STATE_SAVE, STATE_LOAD = 0, 1  # direction of a device state transfer
@@ -297,7 +297,7 @@ XEN_FOREIGN, XEN_GRANT, XEN_NO_ADVANCE_MAP = 1 << 0, 1 << 1, 1 << 8  # flags of 
 
 
 class VhostUserError(Exception):
-    """What this module raises."""
+    """Base of this module's own errors."""
 
 
 class ProtocolError(VhostUserError):
@@ -752,7 +752,7 @@ class ShmemConfig(Payload):
 
 
 class Goes(Enum):
-    """Whom of a device's worker processes a request goes to. Of a back-end's requests: whose are passed on."""
+    """Which of a device's worker processes a request goes to; of a back-end's requests: whose copy is passed on."""
 
     FIRST = "to the first, which speaks for all"
     OWNER = "to the one that has the ring"
@@ -792,7 +792,7 @@ class Request:
 
 
 _ROWS = (
-    Request(1, "GET_FEATURES", reply=U64, goes=Goes.FIRST),
+    Request(1, "GET_FEATURES", reply=U64),  # of all: a front-end may ask it to know that they have seen what came before
     Request(2, "SET_FEATURES", U64),
     Request(3, "SET_OWNER"),
     Request(4, "RESET_OWNER"),
@@ -1083,9 +1083,9 @@ def _event_fd(message: Message, access: int) -> int:
 class BackendChannel:
     """The back-end's own requests to the front-end, over the socket of SET_BACKEND_REQ_FD. From any thread.
 
-    Each method returns whether the front-end was told; with `wait`, whether it has agreed as well (if it negotiated REPLY_ACK). While all rings
-    are stopped nothing is sent (vhost-user, "Suspended device state"): a config change is told when a ring starts, the others
-    are not told.
+    Each method but `shared_object_lookup` returns whether the front-end was told; with `wait`, whether it has agreed as well (if it negotiated
+    REPLY_ACK). While all rings are stopped nothing is sent (vhost-user, "Suspended device state"): a config change is told when a ring starts (and
+    counts as told), the others are not told.
 
     Waiting is for worker threads and the device's own, up to ANSWER_TIMEOUT. In the control thread, which calls most hooks, it raises
     RuntimeError: the front-end may be waiting for an answer of ours there, and would not answer before it has that.
@@ -1266,12 +1266,12 @@ class BackendChannel:
 class VhostUserBackend:
     """A device. Its methods are called from the control thread and from worker threads, several at once: see VhostUserBackendMut.
 
-    Attributes (or properties) that say what the device is:
+    Attributes that say what the device is (properties will do, but for `iommu` and `postcopy`, which the command line sets):
 
     num_queues          virtqueues, at least 1
     max_queue_size      most entries of each
-    features            the device type's own virtio feature bits; the framework adds `FEATURES`
-    withheld_features   bits of `FEATURES` that this device does not want
+    features            the device type's own virtio features, as a mask; the framework adds `FEATURES`
+    withheld_features   those of `FEATURES` that this device does not want: 1 << VIRTIO_F_RING_PACKED, say
     protocol_features   protocol features that the device implements itself; the framework adds `PROTOCOL_FEATURES`
     withheld_protocol_features   likewise
     config              config space: bytes, or a ctypes structure, or None when the front-end owns it
@@ -1319,7 +1319,7 @@ class VhostUserBackend:
         return ring.drain(self.process_queue)
 
     def queues_per_thread(self) -> Sequence[int]:
-        """A mask of queues for each worker thread. The default is one thread for all."""
+        """A mask of queues for each worker thread: bit i is queue i, and each queue is in just one of them. The default is one thread for all."""
         return [(1 << self.num_queues) - 1]
 
     def exit_event(self, thread_id: int) -> int | None:
@@ -1338,7 +1338,7 @@ class VhostUserBackend:
         """Guest memory has changed."""
 
     def set_backend_req_fd(self, backend: BackendChannel) -> None:
-        """The front-end takes requests from the back-end over this. The default keeps it for `config_changed`."""
+        """The front-end takes requests from the back-end over this. The default keeps it for `config_changed`: call it too."""
         self._channel = backend
 
     def reset_device(self) -> None:
@@ -1434,8 +1434,8 @@ class VhostUserBackend:
 
     def started(self, reload: Callable[[], None]) -> None:
         """The daemon starts; whoever connects is served when this has returned. `reload`, from any thread: have the device's `reload` called, in
-        each process that serves it. Threads of the device's own begin here: with worker processes, those that were there before are in none of
-        them."""
+        each process that serves it. Threads of the device's own begin here. With worker processes this is called in the program's own process alone:
+        what it changes in the device is in none of them."""
 
     def worker_started(self, worker: VringEpollHandler) -> None:
         """A worker is about to serve `worker.vrings`; called in its thread. Here is where listeners are registered."""
@@ -1447,14 +1447,15 @@ class VhostUserBackend:
         """A front-end has connected."""
 
     def disconnected(self) -> None:
-        """The front-end has gone; rings are stopped."""
+        """The front-end has gone; rings are stopped. The default forgets what `set_backend_req_fd` has kept: call it too."""
         self._channel = None
 
     def ring_started(self, index: int, vring: VringT) -> None:
-        """The front-end has started a ring."""
+        """The front-end has started a ring. Raises Refused for one that cannot be served: it stays stopped."""
 
     def ring_stopped(self, index: int) -> None:
-        """The ring has stopped, with nothing in flight."""
+        """The ring has stopped, mostly with nothing in flight. What still is, after the front-end has gone, the device has failed or
+        `cancel_in_flight` was called, is not waited for: `add_used` drops it."""
 
     def suspended(self) -> None:
         """All rings have stopped: from now on guest memory is not to be written, and the front-end takes no requests."""
@@ -1471,7 +1472,8 @@ class VhostUserBackend:
 
 
 class VhostUserBackendMut(VhostUserBackend):
-    """A device whose methods the framework calls from one thread at a time."""
+    """A device whose methods the framework calls one at a time, whatever thread they are called from; but for `save_state` and `load_state`, which
+    take long, and run beside others in a thread of their own, while all rings are stopped."""
 
 
 def _offered_features(backend: VhostUserBackend) -> int:
@@ -1521,11 +1523,6 @@ class _Event:
         """Wake whoever polls it. Safe in a signal handler."""
         with suppress(BlockingIOError):
             os.eventfd_write(self.fd, 1)
-
-    def clear(self) -> None:
-        """For those who poll it level-triggered."""
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.fd)
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -1599,7 +1596,7 @@ class VringEpollHandler:
             raise
 
     def unregister_listener(self, fd: int, events: int = 0, data: int = 0) -> None:
-        """Undo `register_listener`. Raises ValueError when it isn't registered."""
+        """Undo `register_listener`; of its arguments, which the crate has, only the first one counts. Raises ValueError when it isn't registered."""
         if self._listeners.pop(fd, None) is None:
             raise ValueError(f"file descriptor {fd} is no registered listener")
         self._epoll.unregister(fd)
@@ -1689,8 +1686,9 @@ class VringEpollHandler:
 
     _LOOKS = 8  # at the ring, for each one at everything else
 
-    def _linger(self, position: int, ready: Callable[[], bool]) -> bool:
-        """Poll a ring that was emptied, for as long as it seems to pay. Returns whether it is `ready` again; or else there may be other things."""
+    def _linger(self, position: int, ready: Callable[[], bool]) -> bool | None:
+        """Poll a ring that was emptied, for as long as it seems to pay. Returns whether it is `ready` again, or else there may be other things;
+        None: what may complete its requests comes first, and then it is to be polled again."""
         if self._pending or self._events or self._seen:
             return False  # another ring has more, or something else has happened
         start = time.perf_counter()
@@ -1700,6 +1698,8 @@ class VringEpollHandler:
                     return True
             # Its own kick says nothing new; to arm notifications because of it would bring the next one.
             self._seen = [event for event in self._epoll.poll(0) if self._kicks.get(event[0]) != position]
+            if self._seen and self.vrings[position].in_flight and any(fd in self._listeners for fd, _ in self._seen):
+                return None
             if self._seen or self._calls.wanted or self.vrings[position].wanted:
                 return False
         self._asleep_since = start
@@ -1727,6 +1727,7 @@ class VringEpollHandler:
         data = self._listeners.get(fd)
         if data is None:
             return  # another thread has unregistered it just now
+        before = [vring.in_flight for vring in self.vrings] if self._longest_poll else ()
         try:
             self._calls.acquire()
             try:
@@ -1737,6 +1738,9 @@ class VringEpollHandler:
             with suppress(ValueError, OSError):
                 self.unregister_listener(fd)
             log.exception("listener %d (file descriptor %d): the device failed; the listener is removed", data, fd)
+        for position, count in enumerate(before):
+            if self.vrings[position].in_flight < count:
+                self._pending.add(position)  # more may follow what is done, and is polled for
 
     def _look_at_polled(self) -> float:
         """Serve the rings that have no kick eventfd. Returns how long to wait until the next look: nothing, after there was something."""
@@ -1953,7 +1957,7 @@ class _Session:
             self._connection.send(row.number, FLAG_REPLY, U64(1 if failure else 0).pack())
 
     def _call(self, method: Callable[..., Any], *arguments: object, gives: Callable[[Any], Any] | None = None) -> Any:
-        """Call the device. Its exceptions are logged, and refuse the request; likewise when it returns what is not what it `gives`."""
+        """Call the device. Its exceptions are logged, and refuse the request; so does a result that `gives` cannot convert."""
         try:
             with self._daemon.turn():
                 result = method(*arguments)
@@ -2187,8 +2191,8 @@ class _Session:
 
     def _switch_log(self) -> None:
         """Log, or do not, as the front-end wants it now."""
-        wanted = self._log_view is not None and self._features >> VHOST_F_LOG_ALL & 1
-        before, self._log = self._log, DirtyLog(self._log_view, self._log_fd) if wanted and self._log_view is not None else None
+        view = self._log_view if self._features >> VHOST_F_LOG_ALL & 1 else None
+        before, self._log = self._log, DirtyLog(view, self._log_fd) if view is not None else None
         for vring in self._vrings:
             vring.set_log(self._log)
         if before:
@@ -2942,8 +2946,8 @@ def _connected(path: str | os.PathLike[str]) -> socket.socket:
 
 
 def _wait_in_main_thread(fd: int) -> None:
-    """Until `fd` is readable, which signal handlers run meanwhile: a signal that comes just before a thread waits for a lock, or joins, would not
-    be handled before that ends."""
+    """Wait until `fd` is readable. Signal handlers run meanwhile; if the thread waited for a lock, or joined another, the handler of a signal that
+    came just before would not run until that is over."""
     pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     previous = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
     try:
@@ -2970,8 +2974,8 @@ class VhostUserDaemon:
     the device as it was when the daemon started, and workers of its own; front-ends see one device. All get each change of features, memory, config
     space and status. Requests for what there is one of (config space is read, say) go to the first. `suspended` and `resumed` are about the rings of
     the process where they are called; a config change is told when one of the first one's runs. What the device keeps elsewhere has to be in
-    files or in shared memory. Each connection has new processes. Not for devices that register listeners, or that have PAGEFAULT, SHARED_OBJECT or
-    DEVICE_STATE, which are not offered then. To be started before there are other threads.
+    files or in shared memory. Each connection has new processes. Listeners are to be registered in `worker_started`, which each process calls.
+    PAGEFAULT, SHARED_OBJECT and DEVICE_STATE are not offered then. To be started before there are other threads.
     """
 
     _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between attempts to reconnect
@@ -3016,6 +3020,8 @@ class VhostUserDaemon:
         self._ended = _Event()
         self._failure: BaseException | None = None
         self._count = min(processes, backend.num_queues)  # of worker processes, if more than 1
+        if processes > self._count:
+            log.warning("%s: %d worker processes for %d queues: only %d have one", name, processes, backend.num_queues, self._count)
         self._nursery: _Nursery | None = None
         self._processes: Sequence[_Process] = ()  # of this connection
         self._reloading = threading.Lock()
@@ -3197,7 +3203,7 @@ class VhostUserDaemon:
 
     def _work(self, number: int, sock: socket.socket, leash: socket.socket) -> None:
         """What a worker process does, with its own copy of this daemon."""
-        self._stop = _Event()  # the other one is the parent's
+        self._stop, self._ended = _Event(), _Event()  # the other ones are the parent's
         self.name = f"{self.name}-{number}"
         self.withheld = int(_NOT_SPREAD)
         self._count = 1
@@ -3749,7 +3755,8 @@ def run_device(
     features: Sequence[str] = (),
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Run a device as a program by the conventions (vhost-user, "Backend program conventions"): `sys.exit(run_device("rng", Rng))`.
+    """Run a device as a program by the conventions (vhost-user, "Backend program conventions"):
+    `sys.exit(run_device("rng", lambda arguments: Rng()))`.
 
     kind       the type of device, as in the conventions: "blk", "net" …
     build      makes the device from the parsed command line; OSError and ValueError are told the user
@@ -3757,8 +3764,8 @@ def run_device(
     features   the type's features that --print-capabilities tells, as in the conventions
     arguments  the command line; sys.argv's by default
 
-    Returns the exit status: 0 after SIGTERM, SIGINT or a client's end, 1 on failure, 2 for a command line that makes no sense. SIGHUP calls the
-    device's `reload`. Readiness is told to systemd (NOTIFY_SOCKET), whose socket is taken (LISTEN_FDS) when no other is given.
+    Returns the exit status: 0 after SIGTERM, SIGINT or a client's end, 1 on failure; SystemExit(2) for a command line that the parser refuses. SIGHUP
+    calls the device's `reload`. Readiness is told to systemd (NOTIFY_SOCKET), whose socket is taken (LISTEN_FDS) when no other is named.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     if "--print-capabilities" in words:
@@ -3767,9 +3774,13 @@ def run_device(
     parser = _parser(kind, options)
     parsed = parser.parse_args(words)
     logging.basicConfig(level=parsed.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    passed = _passed_fd(parsed.fd)
+    passed = _passed_fd(parsed.fd) if parsed.socket_path is None else None
     if parsed.socket_path is None and passed is None:
         parser.error("one of --socket-path and --fd is needed")
+    if parsed.client and parsed.socket_path is None:
+        parser.error("--client is for --socket-path")
+    if parsed.reconnect and not parsed.client:
+        parser.error("--reconnect is for --client")
     try:
         survive_truncation()  # first: a device may choose by it how it uses memory
         device = build(parsed)

@@ -144,6 +144,7 @@ _DESCRIPTOR_SIZE = 16
 _THREE = 3 * _DESCRIPTOR_SIZE
 _CHAIN_FLAGS = DESC_F_NEXT | DESC_F_WRITE | DESC_F_INDIRECT
 _NEXT_WRITE = DESC_F_NEXT | DESC_F_WRITE
+_NEXT_OF_BYTE = bytes(value & DESC_F_NEXT for value in range(256))
 _MOST_DATA = 1 << 31  # bytes of a request's data that go as plain numbers
 _SWAP = sys.byteorder == "big"  # rings are little-endian, but for those of legacy drivers
 _DESCRIPTOR = struct.Struct("<QIHH")  # address, length, then flags, next (split) or id, flags (packed)
@@ -592,7 +593,7 @@ class Queue(_Ring, ABC):
     most_waiting  the most chains that any `take` has found, where the format tells (split); whoever goes by it sets it back to 0
     """
 
-    _LONG_CHAINS = 512  # long ones that are remembered by their content; a few KiB each
+    _MOST_KEPT = 1 << 14  # descriptors, at some 200 bytes each, whose parts are remembered
 
     def __init__(
         self,
@@ -642,7 +643,21 @@ class Queue(_Ring, ABC):
         """Translate all addresses of chains anew from here on."""
         self._flat: FlatMemory = self._memory.flat
         self._limits: tuple[int, ...] = ()
+        self._forget_chains()
+
+    def _forget_chains(self) -> None:
+        """Remember no chain from here on."""
         self._long: dict[bytes, Parts] = {}
+        self._kept = 0
+
+    def _keep(self, parts: Parts) -> Parts:
+        """These are about to be remembered. How much memory that takes is not the driver's choice: at some point all others are forgotten."""
+        count = len(parts[0]) + len(parts[1])
+        if count > 3:  # of short ones there are not that many
+            if self._kept + count > self._MOST_KEPT:
+                self._forget_chains()
+            self._kept += count
+        return parts
 
     def _set_limits(self, header: int, status: int) -> None:
         """Where in flat memory the parts of a FlatRequest with a header and a status of so many bytes may begin: these sizes; where the two ranges
@@ -855,9 +870,7 @@ class Queue(_Ring, ABC):
             return self._parse_table(content)
         parts = self._long.get(content)
         if parts is None:
-            parts = self._parse_table(content)
-            if len(self._long) >= self._LONG_CHAINS:
-                self._long.clear()
+            parts = self._keep(self._parse_table(content))
             self._long[content] = parts
         return parts
 
@@ -967,9 +980,12 @@ class SplitQueue(Queue):
         self._used_event = 2 + size
         self._avail_event = 2 + 4 * size
 
+    def _forget_chains(self) -> None:
+        super()._forget_chains()
+        self._known: list[DescriptorChain | None] = [None] * self.size  # by head
+
     def forget(self) -> None:
         super().forget()
-        self._known: list[DescriptorChain | None] = [None] * self.size  # by head
         self._shapes: list[_KnownRequest] = []  # requests, by head too
         self._familiar = True
         self._misses = 0
@@ -1192,10 +1208,15 @@ class SplitQueue(Queue):
             chain._learn(descriptors[:16], table, content, self._table_parts(content))
             return
         try:
-            chain._learn(descriptors, None, b"", self._parts(descriptors, head))
-            return
+            parts = self._parts(descriptors, head)
         except _Scrambled:
             pass
+        else:
+            more = descriptors[13 if self.big_endian else 12 :: _DESCRIPTOR_SIZE].translate(_NEXT_OF_BYTE)
+            descriptors = descriptors[: 16 * (more.index(0) + 1)]  # the last chain here may have had more
+            self._spans[head] = slice(16 * head, 16 * head + len(descriptors))
+            chain._learn(descriptors, None, b"", self._keep(parts))
+            return
         copies = self._follow(self._desc, self.size, head)
         address, length, flags, _ = self._descriptor.unpack(copies[-1])
         if flags & DESC_F_INDIRECT:  # the last one of several may be (virtio 1.3 §2.7.5.3.2)
@@ -1205,7 +1226,7 @@ class SplitQueue(Queue):
             copies[-1:] = self._follow(content, len(content) // 16, 0, nested=True)
         else:
             self._spans[head] = slice(16 * head, 16 * (head + len(copies)))  # a guess for the next time: they mostly stand together
-        chain._learn(b"", None, b"", self._parts(self._renumbered(copies), 0))
+        chain._learn(b"", None, b"", self._keep(self._parts(self._renumbered(copies), 0)))
 
     def _parse_table(self, content: bytes) -> Parts:
         try:
@@ -1292,9 +1313,6 @@ class SplitQueue(Queue):
         return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
 
 
-_NEXT_OF_BYTE = bytes(value & DESC_F_NEXT for value in range(256))
-
-
 def _is_one_chain(content: bytes) -> bool:
     """Whether NEXT is in all of the packed ring's descriptors but the last."""
     flags = content[14::_DESCRIPTOR_SIZE]  # their lower bytes
@@ -1315,8 +1333,8 @@ class PackedQueue(Queue):
         self._driver_event = self._area(memory, driver, 4, 4, ACCESS_READ, "driver event suppression").cast("H")
         self._device_event = self._area(memory, device, 4, 4, ACCESS_WRITE, "device event suppression").cast("H")
 
-    def forget(self) -> None:
-        super().forget()
+    def _forget_chains(self) -> None:
+        super()._forget_chains()
         self._known: dict[bytes, DescriptorChain] = {}  # by descriptors, with the flags of odd laps and of even ones
 
     def _device_written(self) -> list[tuple[int, int]]:
@@ -1567,7 +1585,7 @@ class PackedQueue(Queue):
         self._spans[position] = slice(16 * position, 16 * (position + count))  # a guess for the next time
         chain = DescriptorChain(count << 16 | identity)
         if not flags & DESC_F_INDIRECT or count > 1:
-            chain._learn(descriptors, None, b"", self._parts(descriptors, None))
+            chain._learn(descriptors, None, b"", self._keep(self._parts(descriptors, None)))
         elif flags & DESC_F_NEXT:
             raise _MalformedChain("a descriptor with both INDIRECT and NEXT")
         else:
@@ -1712,8 +1730,8 @@ class NoLock:
 class TurnLock:
     """A reentrant lock for workers that take it batch after batch (`acquire`), and for others who need it now and then (`with`).
 
-    Python's locks are not fair: a busy worker that releases and takes again would keep everybody else out. So the others stand in a
-    gate while they wait, and a worker waits there too as long as somebody does.
+    Python's locks are not fair: a busy worker that releases and takes again would keep everybody else out. So who has to wait stands in a gate
+    meanwhile, and the others wait for that gate: they, and whoever comes next.
     """
 
     def __init__(self) -> None:
@@ -1725,13 +1743,15 @@ class TurnLock:
 
     def acquire(self, wait: bool = True) -> bool:
         """As the worker, or (with `wait` false) as anybody who can do without."""
-        if self._waited_for and wait and not self._is_mine():
-            with self._gate:
-                pass
-        return self._lock.acquire(wait)
+        if (not (self._waited_for and wait) or self._is_mine()) and self._lock.acquire(False):
+            return True
+        return wait and self._stand_in_gate(-1)
 
     def acquire_first(self, timeout: float) -> bool:
         """Before a worker's next batch. Returns whether the lock was had within `timeout` seconds (-1: waits without end)."""
+        return self._stand_in_gate(timeout)
+
+    def _stand_in_gate(self, timeout: float) -> bool:
         if self._is_mine():
             return self._lock.acquire()
         if not self._gate.acquire(timeout=timeout):
@@ -1745,7 +1765,7 @@ class TurnLock:
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits to go before a worker's next batch."""
+        """Whether somebody waits for whoever has it."""
         return self._gate.locked()
 
     def __enter__(self) -> None:
@@ -1832,7 +1852,7 @@ class VringState:
         self.serves_disabled = False
         self.turn = self.TURN  # chains of one iteration and, nearly, of one drain: then others get at the ring, and the worker at its other rings
         self.wake: Callable[[], None] = lambda: None  # makes the ring's worker look at it
-        self.linger: Callable[[Callable[[], bool]], bool] | None = None  # polls for a while before the ring's worker would sleep
+        self.linger: Callable[[Callable[[], bool]], bool | None] | None = None  # polls for a while before the ring's worker would sleep
         self.notify: Callable[[str], object] | None = None  # in place of eventfds that are not there: sends VRING_CALL or VRING_ERR
         self._lock: NoLock | TurnLock = self._make_lock()
         self._memory = memory
@@ -2108,7 +2128,10 @@ class VringState:
                 declined = waiting and queue.taken == before  # the device leaves them where they are, until the next kick
                 if declined and armed:
                     return False
-                if declined or not (queue.available() or (self.linger and self.linger(self._has_work))):
+                more = not declined and (queue.available() or (self.linger is not None and self.linger(self._has_work)))
+                if more is None:
+                    return True  # and no notification is wanted meanwhile
+                if not more:
                     if not queue.enable_notification():
                         return False
                     armed = declined  # something came before that: look again, the last time if the device declines

@@ -315,6 +315,8 @@ def _past_the_cache(transfer: Callable[[int, Views, int], int], direct_fd: int, 
 
 
 def _bounced(transfer: Callable[[int, Views, int], int], fd: int, views: Views, offset: int) -> int:
+    """MAX_RUN bytes at most: whoever transfers goes on after fewer than were asked for."""
+    views = _cut(views, 0, MAX_RUN)
     length = sum(map(len, views))
     with mmap.mmap(-1, max(length, 1)) as pages, memoryview(pages) as whole, whole[:length] as aligned:
         if transfer is os.pwritev:
@@ -370,6 +372,7 @@ class RamImage(Image):
         if size > sys.maxsize:
             raise OSError(errno.ENOMEM, f"a disk of {size} bytes does not fit memory")
         self._memory = mmap.mmap(-1, size, (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | mmap.MAP_ANONYMOUS)
+        self._give_back = mmap.MADV_REMOVE if shared else mmap.MADV_DONTNEED  # pages, which then read as zeroes
         with suppress(OSError):  # a kernel without them
             self._memory.madvise(mmap.MADV_HUGEPAGE)  # random blocks seldom lie in pages that the processor has just looked up
         self._view = memoryview(self._memory)
@@ -405,7 +408,7 @@ class RamImage(Image):
     def discard(self, offset: int, length: int) -> None:
         first, last = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if first < last:
-            self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)  # gives the pages back; they read as zeroes
+            self._memory.madvise(self._give_back, first, last - first)
             self.zero(offset, first - offset)
             self.zero(last, offset + length - last)
         else:
@@ -685,7 +688,8 @@ class Uring(SystemCalls):
             for token in self._prepared[len(self._prepared) - (flying - self._ring.flying) :]:  # which it has not taken
                 self._disk.settle(self._runs.pop(token), -(error.errno or errno.EIO))
         self._prepared.clear()
-        self.settle()  # what was in the page cache is done by now
+        if wait:  # for room; all else is seen to when the listener is called, by the batch for each ring
+            self.settle()
 
     def settle(self) -> None:
         """Complete the requests whose transfers are done."""
@@ -809,7 +813,7 @@ class Blk(VhostUserBackend):
 
     def disconnected(self) -> None:
         super().disconnected()
-        for index, transfers in tuple(self._transfers.items()):  # a worker may only just begin
+        for index, transfers in self._transfers.copy().items():  # a worker may only just begin
             transfers.wait(index)  # a late one must not meet those of the next front-end
         # The cache mode stays, as over a reset: a front-end that comes back, for a driver that does not notice, does not say it again.
 
@@ -869,8 +873,12 @@ class Blk(VhostUserBackend):
 
     def _copy(self, batch: RequestBatch) -> list[FlatRequest]:
         """Do what is a copy within memory. Returns all other requests."""
-        ram, image, done = batch.ram, self.image.content(), batch.done.append
         pages, capacity = truncation.pages, self._capacity
+        try:
+            image = self.image.content()
+        except OSError:  # cut short just now
+            return batch.requests
+        ram, done = batch.ram, batch.done.append
         writing = T_OUT if self.image.copies_writes and self.writes_at_once else None
         rest: list[FlatRequest] = []
         usual, last = 0, -1  # a length, and the last sector where that many bytes may begin
@@ -913,7 +921,7 @@ class Blk(VhostUserBackend):
                     vring.add_used(chain, chain.writable_len)
                     continue
                 shape = chain.memo = _Shape(chain)
-            kind, _, sector = REQUEST_HEADER.unpack(shape.header or b"".join(chain.readable)[:HEADER_BYTES])
+            kind, _, sector = REQUEST_HEADER.unpack(shape.header or b"".join(_cut(chain.readable, 0, HEADER_BYTES)))
             if kind == T_FLUSH:
                 runs.append(Run(vring, kind, 0, chain, shape, (), 0))
                 continue

@@ -1356,6 +1356,44 @@ class Storage(DeviceTest):
         with self.assertRaisesRegex(ValueError, "page cache"):
             FileImage(self.path("file", content_of(8)), aio="mmap", direct=True)
 
+    def test_past_the_page_cache_by_the_piece(self) -> None:
+        """A request of any length, as long as a driver likes, takes no more memory than MAX_RUN."""
+        taken: list[int] = []
+
+        plain = mmap.mmap
+
+        def room(fileno: int, length: int) -> mmap.mmap:
+            taken.append(length)
+            return plain(fileno, length)
+
+        length = 2 * blk.MAX_RUN + 8 * SECTOR
+        with self.disk("file", content_of(8), image=functools.partial(FileImage, aio="sync", direct=True)) as disk:
+            os.truncate(disk.path, 4 * blk.MAX_RUN)
+            at = -(-disk.frontend.arena[0] // 4096) * 4096
+            data, header = content_of(length // SECTOR, 3), at - 64
+            disk.blk.reload()
+            for kind in OUT, IN:
+                disk.frontend.memory.write(header, struct.pack("<IIQ", kind, 0, 8) + b"\xff")
+                disk.frontend.memory.write(at + 1, data if kind == OUT else bytes(length))
+                parts = [(at + 1, length // 2), (at + 1 + length // 2, length // 2)]
+                with mock.patch("mmap.mmap", room):
+                    disk.queues[0].submit([(header, 16), *(parts if kind == OUT else [])], [*(parts if kind == IN else []), (header + 16, 1)])
+                    disk.queues[0].wait(PATIENCE)
+                self.assertEqual(disk.frontend.memory.read(header + 16, 1), b"\0")
+            self.assertEqual(disk.frontend.memory.read(at + 1, length), data)
+            self.assertEqual(disk.content()[8 * SECTOR : 8 * SECTOR + length], data)
+        self.assertEqual(max(taken), blk.MAX_RUN)
+
+    def test_discarded_memory_that_processes_share(self) -> None:
+        """It reads as zeroes as well."""
+        image = RamImage(64 * SECTOR, shared=True)
+        self.addCleanup(image.close)
+        content = content_of(64)
+        for action in image.discard, image.zero:
+            image.write([memoryview(content)], 0)
+            action(SECTOR, 60 * SECTOR)
+            self.assertEqual(bytes(image.content()), content[:SECTOR] + bytes(60 * SECTOR) + content[61 * SECTOR :])
+
     def test_close(self) -> None:
         """A closed image has nothing open or mapped, also while something refers to it."""
         for aio in "sync", "mmap", "io_uring":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import unittest
 
 from devices.blk import Blk, RamImage
@@ -42,7 +43,9 @@ class Benchmark(unittest.TestCase):
     def test_the_disk_as_a_program(self) -> None:
         lines = output_of("--program", "--quick").splitlines()
         self.assertIn("guest of 64 GiB", lines[0])
-        self.assertIn("RssAnon", lines[1])
+        resident = re.findall(r"(Rss\w+) ([\d.]+) MiB", lines[1])
+        self.assertEqual([kind for kind, _ in resident], ["RssAnon", "RssFile"])
+        self.assertLess(sum(float(mib) for _, mib in resident), 40)
         self.assertEqual(sum("of the first" in line for line in lines), 6)
 
     def test_a_failed_read_is_noticed(self) -> None:
