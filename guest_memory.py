@@ -75,6 +75,7 @@ MAX_REGIONS = 509
 """Most regions one guest may have: what the kernel's vhost and KVM allow (KVM_USER_MEM_SLOTS), and so what VMMs expect."""
 
 ADDRESS_LIMIT = 1 << 64
+"""Addresses, of guests and of processes, are below this."""
 
 ACCESS_READ, ACCESS_WRITE = 1, 2
 """What an IOMMU lets the device do (vhost-user, "An IOTLB message")."""
@@ -363,7 +364,7 @@ def _or_steps(mask: int) -> list[tuple[int, int]]:
 # looked at before each write. A front-end that fills it just in between gets the writer stuck, until somebody who waits for the writer makes room.
 
 EVENT = (1).to_bytes(8, sys.byteorder)
-"""What is written."""
+"""8 bytes that add 1 to an eventfd's count."""
 
 
 def event_writer(fd: int) -> Callable[[int, bytes], int]:
@@ -614,6 +615,7 @@ def _shifted(memory: memoryview, start: int, end: int) -> memoryview:
 
 
 NOWHERE = FlatMemory(memoryview(b""), (0, 0), (0, 0))
+"""Where addresses are IOVAs, or there is no memory."""
 
 
 class GuestMemoryMmap:
@@ -757,7 +759,8 @@ def _check_overlap(regions: Sequence[GuestRegionMmap], starts: list[int], kind: 
 
 
 class AddressSpace(Protocol):
-    """What addresses in rings and descriptors stand for: guest addresses (`GuestMemoryMmap`), or IOVAs (`IovaMemory`)."""
+    """What addresses in rings and descriptors stand for: guest addresses (`GuestMemoryMmap`), or IOVAs (`IovaMemory`). Those two document the
+    methods."""
 
     def view(self, address: int, length: int, access: int = ..., /) -> memoryview: ...
     def views(self, address: int, length: int, access: int = ..., /) -> list[memoryview]: ...

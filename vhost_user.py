@@ -6,7 +6,7 @@ subclass of `VhostUserBackend` or `VhostUserBackendMut`; `VhostUserDaemon` does 
     class Rng(VhostUserBackendMut):
         def process_queue(self, vring):
             for chain in vring:
-                vring.add_used(chain, chain.write(os.urandom(chain.writable_len)))
+                vring.add_used(chain, chain.write(os.urandom(min(chain.writable_len, 1 << 16))))
 
     VhostUserDaemon("rng", Rng()).serve("/run/rng.sock")
 
@@ -144,9 +144,13 @@ else:
     )
 
 __all__ = [
+    "BACKEND_REQUESTS",
     "FEATURES",
+    "GPU_REQUESTS",
     "PROTOCOL_FEATURES",
     "REQUESTS",
+    "STATE_LOAD",
+    "STATE_SAVE",
     "VHOST_USER_F_PROTOCOL_FEATURES",
     "AsymmetricSession",
     "BackendChannel",
@@ -173,6 +177,7 @@ __all__ = [
     "VringRwLock",
     "VringState",
     "VringT",
+    "has_gil",
     "run_device",
 ]
 
@@ -934,7 +939,7 @@ class Connection:
     file may be shared.
     """
 
-    SEND_TIMEOUT = 10.0
+    SEND_TIMEOUT = 10.0  # seconds
 
     def __init__(self, sock: socket.socket, interrupt: int | None = None) -> None:
         self.socket = sock
@@ -1091,7 +1096,7 @@ class BackendChannel:
     RuntimeError: the front-end may be waiting for an answer of ours there, and would not answer before it has that.
     """
 
-    ANSWER_TIMEOUT = 5.0
+    ANSWER_TIMEOUT = 5.0  # seconds
 
     def __init__(
         self, sock: socket.socket, protocol_features: Callable[[], int], shmem_sizes: Callable[[], Sequence[int]] = tuple, suspended: bool = False
@@ -1404,8 +1409,8 @@ class VhostUserBackend:
     # State for migration
 
     def save_state(self, file: BinaryIO) -> None:
-        """Write all of the device's state. In a thread of its own, with all rings stopped; what it raises fails the migration, after which the
-        device may go on."""
+        """Write all of the device's state. In a thread of its own, beside other methods, with all rings stopped; what it raises fails the migration,
+        after which the device may go on."""
         raise NotImplementedError(f"{type(self).__name__} has no save_state")
 
     def load_state(self, file: BinaryIO) -> None:
@@ -1711,7 +1716,7 @@ class VringEpollHandler:
         if not vring.active:
             return  # the ring is looked at when it becomes active
         try:
-            self._calls.acquire()
+            self._calls.acquire()  # behind those who take it with `with`
             try:
                 more = self._backend.handle_event(position, evset, self.vrings, self.thread_id)
             finally:
@@ -2525,7 +2530,7 @@ class _Process:
 
     A byte on the leash asks for `reload`, and is answered when that is done."""
 
-    PATIENCE = 5.0
+    PATIENCE = 5.0  # seconds
 
     def __init__(self, connection: Connection, leash: socket.socket) -> None:
         self.connection = connection
@@ -3332,7 +3337,7 @@ class Frontend:
     a device can be used.
     """
 
-    TIMEOUT = 10.0
+    TIMEOUT = 10.0  # seconds
 
     def __init__(self, sock: socket.socket) -> None:
         """Speak over a connected socket, which it owns."""
@@ -3786,7 +3791,7 @@ def run_device(
         device = build(parsed)
         device.iommu |= parsed.iommu
         device.postcopy |= parsed.postcopy
-        if parsed.processes > 1 and not getattr(sys, "_is_gil_enabled", lambda: True)():
+        if parsed.processes > 1 and not has_gil():
             raise ValueError(
                 "--processes is for a Python with a GIL: here threads use all cores, if the device has several (as the disk's --threads)"
             )
@@ -3805,6 +3810,11 @@ def run_device(
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def has_gil() -> bool:
+    """Whether this Python runs threads one at a time: then only processes use more cores."""
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
 
 
 def _parser(kind: str, options: Callable[[argparse.ArgumentParser], object] | None) -> argparse.ArgumentParser:

@@ -145,7 +145,7 @@ _THREE = 3 * _DESCRIPTOR_SIZE
 _CHAIN_FLAGS = DESC_F_NEXT | DESC_F_WRITE | DESC_F_INDIRECT
 _NEXT_WRITE = DESC_F_NEXT | DESC_F_WRITE
 _NEXT_OF_BYTE = bytes(value & DESC_F_NEXT for value in range(256))
-_MOST_DATA = 1 << 31  # bytes of a request's data that go as plain numbers
+_MOST_DATA = 1 << 31  # bytes of a request's data that go as plain numbers: with header and status it is under _MOST_BYTES
 _SWAP = sys.byteorder == "big"  # rings are little-endian, but for those of legacy drivers
 _DESCRIPTOR = struct.Struct("<QIHH")  # address, length, then flags, next (split) or id, flags (packed)
 _UNPACK_ONE = _DESCRIPTOR.unpack_from
@@ -270,12 +270,12 @@ class DescriptorChain:
 
 FlatRequest = tuple[int, tuple[Any, ...], int, bool, int, int, int]
 """A chain of three descriptors as numbers: token, the header's fields, where the header is, whether the data is device-writable, where the data is,
-its length, where the status is. Places are guest addresses; all of it was checked."""
+its length in bytes (more than 0), where the status is. Places are guest addresses; all of it was checked."""
 
 
 class RequestBatch:
     """What a ring's `requests` gives at a time. Mostly a chain is a header for the device to read, data in one piece, and a status for it to write:
-    such a one is a `FlatRequest` of plain numbers, and costs a fraction of an object with views.
+    such a one is a `FlatRequest` of plain numbers, and costs a fraction of an object with views. The next batch is in the same object.
 
     ram       most of guest RAM, as one view with guest addresses for indices: the data of a request is ram[at : at + length]
     requests  the chains of that shape
@@ -283,7 +283,7 @@ class RequestBatch:
     done      for the device to fill: token, length written, token, length written … of the requests that it has done. They are published with
               the chains that were completed meanwhile, when the device asks for the next batch
 
-    A request that is not done by then has to be made a chain (`chain`) before.
+    A request that is not done by then has to be made a chain (`chain`) before. Its header in guest RAM may have changed since it was unpacked.
     """
 
     __slots__ = ("_header", "_queue", "_shape", "chains", "done", "ram", "requests")
@@ -591,6 +591,9 @@ class Queue(_Ring, ABC):
     malformed    chains that were refused so far
     stalled      what the next chain waits for, if its addresses have no translation yet
     most_waiting  the most chains that any `take` has found, where the format tells (split); whoever goes by it sets it back to 0
+    event_idx, in_order   whether VIRTIO_F_EVENT_IDX and VIRTIO_F_IN_ORDER were negotiated
+    log          where what the device writes is marked; None: nowhere
+    log_used_at  where the log has the used ring; None: that is not logged
     """
 
     _MOST_KEPT = 1 << 14  # descriptors, at some 200 bytes each, whose parts are remembered
@@ -625,7 +628,7 @@ class Queue(_Ring, ABC):
         self._fence = Fence()
         self._complain = complaint
         self.log: DirtyLog | None = None
-        self.log_used_at: int | None = None  # where the log has the used ring; None: that is not logged
+        self.log_used_at: int | None = None
         self.move(memory, areas)
 
     def move(self, memory: AddressSpace, areas: tuple[int, int, int]) -> None:
@@ -704,7 +707,7 @@ class Queue(_Ring, ABC):
 
     @abstractmethod
     def available(self) -> bool:
-        """Whether the driver has made a chain available that was not taken. Raises _BrokenRing."""
+        """Whether the driver has made a chain available that was not taken."""
 
     @abstractmethod
     def take(self, limit: int) -> list[DescriptorChain]:
@@ -973,7 +976,6 @@ class SplitQueue(Queue):
     def _map(self, memory: AddressSpace, desc: int, avail: int, used: int) -> None:
         size = self.size
         self._desc = self._area(memory, desc, 16 * size, 16, ACCESS_READ, "descriptor table")
-        self._words = self._desc.cast("Q")
         self._avail = self._area(memory, avail, 6 + 2 * size, 2, ACCESS_READ, "available ring").cast("H")
         self._used = self._area(memory, used, 6 + 8 * size, 4, ACCESS_WRITE, "used ring")
         self._used16 = self._used.cast("H")
@@ -1132,7 +1134,7 @@ class SplitQueue(Queue):
                     second, length, flags2, next2 = _UNPACK_ONE(desc, next1 << 4)
                     third, size3, flags3, next3 = _UNPACK_ONE(desc, next2 << 4)
                 into = flags2 == _NEXT_WRITE
-                if not (
+                if not (  # as in PackedQueue: a call would cost more than the check
                     size1 == header
                     and flags1 == DESC_F_NEXT
                     and (into or flags2 == DESC_F_NEXT)
@@ -1677,6 +1679,8 @@ class VringT(Protocol):
     def index(self) -> int: ...
     @property
     def enabled(self) -> bool: ...
+    @property
+    def malformed(self) -> int: ...
     def __iter__(self) -> Iterator[DescriptorChain]: ...
     def batches(self) -> Iterator[list[DescriptorChain]]: ...
     def requests(self, header: struct.Struct, status: int = 1) -> Iterator[RequestBatch]: ...
@@ -1707,7 +1711,7 @@ class VringT(Protocol):
 
 
 class NoLock:
-    """In its place, where nothing needs a lock."""
+    """Stands in for a TurnLock where nothing needs one."""
 
     wanted = False
 
@@ -1835,6 +1839,17 @@ class VringState:
     For a device: iterate over it for the chains that are available, give each to `add_used`, now or later and from any thread. While
     the iteration runs, completions are gathered, published and signalled in batches; outside of it each is published at once, and
     the driver notified if it wants that. `batch()` gathers there too.
+
+    index            its number, from 0 on
+    max_queue_size   the most entries that it may have
+    started, enabled, active   see above
+    broken           why it is broken, or None
+    device_failed    whether that was the device: chains that it had may never come back
+    serves_disabled  whether the device looks at it also while it is disabled
+    turn             chains of one iteration and, nearly, of one drain: then others get at the ring, and the worker at its other rings
+    wake             makes the ring's worker look at it
+    linger           polls for a while before the ring's worker would sleep: True: there is something again; None: to be called again soon
+    notify           in place of eventfds that are not there: sends VRING_CALL or VRING_ERR
     """
 
     TURN, SHARED_TURN = 512, 128  # values for `turn`: of a worker's only ring, and of one that has others beside it
@@ -1848,12 +1863,12 @@ class VringState:
         self.enabled = False
         self.active = False
         self.broken: str | None = None
-        self.device_failed = False  # is what broke it: chains that it had may never come back
+        self.device_failed = False
         self.serves_disabled = False
-        self.turn = self.TURN  # chains of one iteration and, nearly, of one drain: then others get at the ring, and the worker at its other rings
-        self.wake: Callable[[], None] = lambda: None  # makes the ring's worker look at it
-        self.linger: Callable[[Callable[[], bool]], bool | None] | None = None  # polls for a while before the ring's worker would sleep
-        self.notify: Callable[[str], object] | None = None  # in place of eventfds that are not there: sends VRING_CALL or VRING_ERR
+        self.turn = self.TURN
+        self.wake: Callable[[], None] = lambda: None
+        self.linger: Callable[[Callable[[], bool]], bool | None] | None = None
+        self.notify: Callable[[str], object] | None = None
         self._lock: NoLock | TurnLock = self._make_lock()
         self._memory = memory
         self._features = 0
@@ -2612,7 +2627,7 @@ class DriverQueue(_Ring, ABC):
             if identity not in self._tokens:
                 raise VringError(f"the device returned chain {identity}, which it does not have")
             if self._in_order:
-                # One element may stand for all before it, whose lengths are then not told (virtio 1.3 §2.7.9, §2.8.10)
+                # One element may stand for all before it, whose lengths are then not told (virtio 1.3 §2.7.9, §2.8.8)
                 while self._sequence[0] != identity:
                     found.append((self._release(self._sequence[0]), 0))
             found.append((self._release(identity), length))

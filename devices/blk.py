@@ -1,7 +1,7 @@
 """A virtio block device (virtio 1.3 §5.2): `python3 -m devices.blk --socket-path /run/disk.sock --blk-file disk.img`.
 
-In reading order: facts of the device type, the images that can be behind it (`FileImage`, `RamImage`), a watch on the image's size, the ways in
-which transfers get done (`SystemCalls`, `Uring`), the device `Blk`, and the program.
+In reading order: facts of the device type, the images that can be behind it (`FileImage`, `RamImage`), a watch on the image's size, what a request
+consists of, the ways in which transfers get done (`SystemCalls`, `Uring`), the device `Blk`, and the program.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from devices.io_uring import FSYNC_DATASYNC, OP_FSYNC, OP_READ, OP_READV, OP_WRITE, OP_WRITEV, RWF_DSYNC, IoUring, address_of
 from guest_memory import GuestMemoryError, map_shared, truncation
-from vhost_user import Refused, VhostUserBackend, VringEpollHandler, VringT, run_device
+from vhost_user import Refused, VhostUserBackend, VringEpollHandler, VringT, has_gil, run_device
 from vring import DescriptorChain, FlatRequest, RequestBatch
 
 log = logging.getLogger("vhost_user")
@@ -186,31 +186,40 @@ class FileImage(Image):
                 raise ValueError(f"{path} is neither a file nor a block device")
             if aio == "auto":
                 aio = "mmap" if _in_memory(self.fd) and not direct else "io_uring"
+            if direct and aio == "mmap":
+                raise ValueError("a mapping is of the page cache: it cannot be past it")
             if direct:
-                if aio == "mmap":
-                    raise ValueError("a mapping is of the page cache: it cannot be past it")
-                self._direct_fd = os.open(path, flags | os.O_DIRECT)
-                self.cached = False
-                self.read = functools.partial(_past_the_cache, os.preadv, self._direct_fd, self.fd)
-                self.write = functools.partial(_past_the_cache, os.pwritev, self._direct_fd, self.fd)
+                self._go_past_the_cache(os.open(path, flags | os.O_DIRECT))
             if aio == "mmap":
-                self.read = self._read_mapped
-                self.copies_reads = True
-                if truncation.survived and not read_only and _in_memory(self.fd):
-                    self.write = self._write_mapped
-                    self.copies_writes = True
-                self.refresh()
+                self._use_mapping(not read_only)
             elif aio == "io_uring" and _has_io_uring(self.fd):
                 self.uring_fd = self.fd if self._direct_fd is None else self._direct_fd
                 if not direct:
                     self.read_cached = self._cached_reads()
-            if stat.S_ISBLK(mode):
-                self.can_discard = not read_only and _device_can_discard(os.fstat(self.fd).st_rdev)
-            else:
-                self.can_discard = not read_only and self._fallocate(_FALLOC_PUNCH_HOLE, self.size(), 4096)
+            self.can_discard = not read_only and self._takes_discards()
         except BaseException:
             self.close()
             raise
+
+    def _go_past_the_cache(self, fd: int) -> None:
+        self._direct_fd = fd
+        self.cached = False
+        self.read = functools.partial(_past_the_cache, os.preadv, fd, self.fd)
+        self.write = functools.partial(_past_the_cache, os.pwritev, fd, self.fd)
+
+    def _use_mapping(self, writable: bool) -> None:
+        self.read = self._read_mapped
+        self.copies_reads = True
+        if writable and truncation.survived and _in_memory(self.fd):
+            self.write = self._write_mapped
+            self.copies_writes = True
+        self.refresh()
+
+    def _takes_discards(self) -> bool:
+        status = os.fstat(self.fd)
+        if stat.S_ISBLK(status.st_mode):
+            return _device_can_discard(status.st_rdev)
+        return self._fallocate(_FALLOC_PUNCH_HOLE, self.size(), 4096)
 
     def _cached_reads(self) -> Callable[[Views, int], int] | None:
         """`read_cached` of this file, if there is a way."""
@@ -467,7 +476,7 @@ class SizeWatch:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# The device
+# Requests
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -708,6 +717,11 @@ class Uring(SystemCalls):
         self._ring.close()
 
 
+# ---------------------------------------------------------------------------------------------------------------------------
+# The device
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
 class Blk(VhostUserBackend):
     """A disk on an image. Any number of queues; each worker thread serves its own."""
 
@@ -724,7 +738,7 @@ class Blk(VhostUserBackend):
         serial: str = "",
         watch: bool = False,
     ) -> None:
-        """`threads` workers share the queues. `block_size`: of logical blocks, a power of two from 512. `serial`: up to 20 bytes; the image's
+        """`threads` workers share the queues. `block_size`: of logical blocks, a power of two from 512. `serial`: cut off after 20 bytes; the image's
         name by default. `watch`: notice by itself that a file has another size. Raises ValueError."""
         if block_size < SECTOR or block_size & (block_size - 1):
             raise ValueError(f"a block size of {block_size}: must be a power of two, {SECTOR} or more")
@@ -1056,8 +1070,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--aio",
         choices=AIO,
         default="auto",
-        help="how transfers get done: each by a system call, many at a time (io_uring), or reads by copies from a mapping; "
-        "auto: mmap where the file is in memory, as in /dev/shm, else io_uring",
+        help="how transfers get done: each by a system call, many at a time (io_uring), or by copies from and to a mapping; "
+        "auto: mmap where the file is in memory, as in /dev/shm, else io_uring, or sync where there is none",
     )
     parser.add_argument("--direct", action="store_true", help="past the page cache (O_DIRECT)")
     parser.add_argument("--ram", metavar="SIZE", type=parse_size, help="a disk in memory instead: 512M, 1G …")
@@ -1065,7 +1079,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-queues", type=int, default=1, metavar="N", help="virtqueues (default 1); the VMM must not use more")
     parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: 1; on a free-threaded Python one for each queue)")
     parser.add_argument("--block-size", type=int, default=SECTOR, metavar="BYTES", help="size of logical blocks (default 512)")
-    parser.add_argument("--serial", default="", help="what the guest sees as serial number, 20 bytes (default: the file's name)")
+    parser.add_argument("--serial", default="", help="what the guest sees as serial number, cut off after 20 bytes (default: the file's name)")
 
 
 def _build(arguments: argparse.Namespace) -> Blk:
@@ -1082,15 +1096,11 @@ def _build(arguments: argparse.Namespace) -> Blk:
         image,
         read_only=arguments.read_only,
         num_queues=arguments.num_queues,
-        threads=arguments.threads or (1 if _has_gil() else arguments.num_queues),
+        threads=arguments.threads or (1 if has_gil() else arguments.num_queues),
         block_size=arguments.block_size,
         serial=arguments.serial,
         watch=True,
     )
-
-
-def _has_gil() -> bool:
-    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
 
 
 def main() -> int:

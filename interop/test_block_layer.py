@@ -72,7 +72,7 @@ class BlockLayer(InteropTest):
 
     def test_disk_in_the_readme(self) -> None:
         """Its example, as it is shown."""
-        [source] = [block for block in test_readme.blocks("python") if '"/tmp/disk.sock"' in block]
+        [source] = [block for block in test_readme.blocks("python") if 'serve("/tmp/disk.sock")' in block]
         program = self.dir / "disk.py"
         program.write_text(source.replace("/tmp/disk.sock", str(self.socket)), encoding="utf-8")
         start_backend(self, [sys.executable, "-c", f"import runpy; runpy.run_path({str(program)!r})"], self.socket)

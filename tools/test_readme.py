@@ -59,7 +59,8 @@ def offered_by(feature: VhostUserProtocolFeatures) -> str:
     """What has a protocol feature offered, in README.md's words."""
     if feature & PROTOCOL_FEATURES:
         return "always"
-    words = [name for name, hooked in HOOKS if hooked is feature]
+    words = ["config"] if feature is VhostUserProtocolFeatures.CONFIG else []
+    words += [name for name, hooked in HOOKS if hooked is feature]
     words += ["drafts"] if feature & DRAFTS else ["postcopy"] if feature is VhostUserProtocolFeatures.PAGEFAULT else []
     return " or ".join(f"`{word}`" for word in words or ["protocol_features"])
 
@@ -98,18 +99,32 @@ class FolderTest(unittest.TestCase):
 
 
 class Examples(FolderTest):
-    """The devices of the README."""
+    """The devices of the README, and its front-end."""
+
+    def program(self, call: str, name: str) -> tuple[str, int]:
+        """The example that has this call for /tmp/NAME.sock, as a file, and its lines."""
+        path = f"/tmp/{name}.sock"
+        [source] = [block for block in blocks("python") if f'{call}("{path}")' in block]
+        program = self.folder / f"{call}.py"
+        program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + source.replace(path, str(self.socket)), encoding="utf-8")
+        return str(program), len(source.splitlines())
 
     @contextmanager
     def example(self, name: str, most_lines: int) -> Iterator[Frontend]:
-        """The one that serves /tmp/NAME.sock, and a front-end that is connected to it."""
-        path = f"/tmp/{name}.sock"
-        [source] = [block for block in blocks("python") if f'"{path}"' in block]
-        self.assertLessEqual(len(source.splitlines()), most_lines)
-        program = self.folder / "example.py"
-        program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + source.replace(path, str(self.socket)), encoding="utf-8")
-        with self.running(sys.executable, str(program)) as child, self.connect(child) as frontend:
+        """The device that is served there, and a front-end that is connected to it."""
+        program, lines = self.program("serve", name)
+        self.assertLessEqual(lines, most_lines)
+        with self.running(sys.executable, program) as child, self.connect(child) as frontend:
             yield frontend
+
+    def test_frontend(self) -> None:
+        """It is given random bytes."""
+        device, _ = self.program("serve", "rng")
+        program, _ = self.program("connect", "rng")
+        with self.running(sys.executable, device) as child:
+            self.connect(child).close()
+            done = subprocess.run([sys.executable, program], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+        self.assertRegex(done.stdout + done.stderr, r"\A\[\('a token', 16\)\]\n[0-9a-f]{32}\n\Z")
 
     def test_rng(self) -> None:
         """It gives random bytes."""
@@ -134,8 +149,13 @@ class Examples(FolderTest):
                     self.assertEqual(self.ask(frontend, queue, 1, sector, bytes([sector & 0xFF, 7]) * 256), (0, b""))
                 for sector in (0, 100, sectors - 1):
                     self.assertEqual(self.ask(frontend, queue, 0, sector, length=512), (0, bytes([sector & 0xFF, 7]) * 256))
-                for kind, sector, data, length in ((0, sectors, b"", 512), (1, sectors - 1, bytes(1024), 0), (8, 0, b"", 20), (4, 0, b"", 0)):
-                    self.assertEqual(self.ask(frontend, queue, kind, sector, data, length)[0], 2)
+                for kind, sector, data, length, status in (
+                    (0, sectors, b"", 512, 1),
+                    (1, sectors - 1, bytes(1024), 0, 1),
+                    (8, 0, b"", 20, 2),
+                    (4, 0, b"", 0, 2),
+                ):
+                    self.assertEqual(self.ask(frontend, queue, kind, sector, data, length)[0], status)
 
     def ask(self, frontend: Frontend, queue: FrontendQueue, kind: int, sector: int, data: bytes = b"", length: int = 0) -> tuple[int, bytes]:
         """A disk's request: its status, and the data that came."""
