@@ -7,7 +7,7 @@ In reading order:
 - Mappings           shared memory mapped through libc, unmapped when the last view of it dies
 - Truncation         `survive_truncation`: memory whose owner cuts it off does not end the process
 - Order between CPUs `Fence`, the full memory fence; `atomic_or`, the atomic OR on a shared word
-- Event descriptors  `event_writer`, `has_room`, `make_room`, `clear_event`: eventfds that the front-end has as well, which may not keep us waiting
+- Event descriptors  `event_writer`, `has_room`, `make_room`, `freed`, `clear_event`: the front-end has eventfds too, and may not keep us waiting
 - Page faults        `Userfault`: pages that have not come yet, for postcopy migration
 - Regions            `GuestRegionMmap`: one mapped range of guest addresses
 - Memory             `GuestMemoryMmap`: an immutable set of regions, address translation, reads and writes; `FlatMemory`, most of it as one view
@@ -27,6 +27,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import platform
 import select
@@ -39,8 +40,8 @@ import threading
 import time
 import weakref
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol, cast
 
 __all__ = [
@@ -64,12 +65,15 @@ __all__ = [
     "atomic_or",
     "clear_event",
     "event_writer",
+    "freed",
     "has_room",
     "make_room",
     "map_shared",
     "survive_truncation",
     "truncation",
 ]
+
+log = logging.getLogger("vhost_user")
 
 MAX_REGIONS = 509
 """Most regions one guest may have: what the kernel's vhost and KVM allow (KVM_USER_MEM_SLOTS), and so what VMMs expect."""
@@ -394,6 +398,24 @@ def make_room(fd: int) -> bool:
     return True
 
 
+@contextmanager
+def freed(unblock: Callable[[], object]) -> Iterator[None]:
+    """For a thread that writes event descriptors and that nobody else waits for: whoever fills one just before does not keep it."""
+    done = threading.Event()
+
+    def free() -> None:
+        while not done.wait(0.05):
+            unblock()
+
+    thread = threading.Thread(target=free, name="unblock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def clear_event(fd: int) -> None:
     """Read an eventfd's counter or bytes without waiting, whatever mode the front-end keeps the shared open file in."""
     with suppress(OSError):  # nothing to clear, or nothing that can be cleared
@@ -506,6 +528,7 @@ class GuestRegionMmap:
         self.only_here = False
         try:
             self.view = map_shared(fd, mmap_offset, size)
+            _tell_guest_address(self.view, guest_addr)
             self.only_here = _mapping_unit(fd) != _PAGE
         except (GuestMemoryError, OSError) as error:
             raise GuestMemoryError(f"{self}: {error}") from error
@@ -543,6 +566,12 @@ class GuestRegionMmap:
 
     def __str__(self) -> str:
         return f"region of {self.size:#x} bytes at guest {self.guest_addr:#x} (user {self.user_addr:#x}, offset {self.mmap_offset:#x})"
+
+
+def _tell_guest_address(view: memoryview, guest_addr: int) -> None:
+    """Have all views of this mapping know where in the guest they are, whatever snapshot they are from: see `guest_ranges`."""
+    mapping: Any = view.obj
+    mapping.guest_shift = guest_addr - _address_of(view)
 
 
 def _inode(fd: int) -> tuple[int, int]:
@@ -610,8 +639,10 @@ class FlatMemory(NamedTuple):
 def _shifted(memory: memoryview, start: int, end: int) -> memoryview:
     """`memory`, whose first byte gets the index `start`; `end` is behind the last one that is needed."""
     shifted: Any = (ctypes.c_ubyte * end).from_address((_address_of(memory) - start) % ADDRESS_LIMIT)
-    shifted.flat = memory  # which it keeps alive, and by which `guest_ranges` knows its views
-    return memoryview(shifted).cast("B")
+    shifted.memory = memory  # which it keeps alive
+    view = memoryview(shifted).cast("B")
+    shifted.guest_shift = -ctypes.addressof(shifted)
+    return view
 
 
 NOWHERE = FlatMemory(memoryview(b""), (0, 0), (0, 0))
@@ -675,11 +706,11 @@ class GuestMemoryMmap:
     def guest_ranges(self, view: memoryview) -> list[tuple[int, int]]:
         """(guest address, length) of a view that `view`, `views` or `flat` gave, here or in another snapshot of this guest's memory, where there
         still is a region."""
-        start, mapping = _address_of(view), view.obj
-        if isinstance(mapping, ctypes.Array) and hasattr(mapping, "flat"):
-            guest_addr = (start - ctypes.addressof(mapping)) % ADDRESS_LIMIT
-            return [(guest_addr, len(view))] if self.find_region(guest_addr) else []
-        return [(region.guest_addr + start - host, len(view)) for region in self.regions if (host := region.host_addr) <= start < host + region.size]
+        shift = getattr(view.obj, "guest_shift", None)
+        if shift is None:
+            return []
+        guest_addr = (_address_of(view) + shift) % ADDRESS_LIMIT
+        return [(guest_addr, len(view))] if self.find_region(guest_addr) else []
 
     def user_to_guest(self, user_addr: int, length: int = 1) -> int:
         """The guest address of the front-end's address. Raises GuestMemoryError unless `length` bytes from it lie in one region."""
@@ -830,6 +861,13 @@ class Iotlb:
         with self._lock:
             self._drop(iova, iova + size)
 
+    def clear(self) -> None:
+        """Nothing is known any more, and nothing asked for."""
+        with self._lock:
+            self._starts.clear()
+            self._entries.clear()
+            self._asked.clear()
+
     def _drop(self, start: int, end: int) -> list[tuple[int, int, int, int]]:
         """Forget all translations that have a byte in that range, and return them."""
         starts = self._starts
@@ -916,7 +954,11 @@ class IovaMemory:
     def view(self, iova: int, length: int, access: int = ACCESS_READ | ACCESS_WRITE) -> memoryview:
         """The same as one view, also when the pages lie apart: then they are mapped once more, side by side."""
         parts = self.views(iova, length, access)
-        return parts[0] if len(parts) == 1 else _joined(parts)
+        if len(parts) == 1:
+            return parts[0]
+        for part in parts:  # in the mapping that a userfaultfd watches, if one does: what is not there yet comes now
+            part[::_PAGE].tobytes(), part[-1]
+        return _joined(parts)
 
     def read(self, iova: int, length: int) -> bytes:
         """A copy of `length` bytes."""
@@ -956,11 +998,14 @@ class DirtyLog:
 
     def __init__(self, view: memoryview, notify: int | None = None) -> None:
         """`view`: the shared bytes. `notify`: an eventfd to signal after changes; the caller's, who sees to it that a commit does not stay stuck
-        there (`unblock`)."""
+        there (`unblock`). Raises GuestMemoryError for bytes that cannot be changed atomically."""
+        if _address_of(view) % 4:
+            raise GuestMemoryError(f"a dirty log at {_address_of(view):#x}: its 32-bit words must be aligned (an odd offset in SET_LOG_BASE?)")
         self._view = view[: len(view) // 4 * 4]
         self._words = self._view.cast("I")
         self._notify = notify
         self._writers = 0  # threads that are about to signal it
+        self._failed = False
         self._gathered: dict[int, int] = {}  # word -> bits
         self._lock = threading.Lock()
         self._fence = Fence()
@@ -990,8 +1035,12 @@ class DirtyLog:
             changed = False
             for word, bits in gathered.items():
                 missing = bits & ~self._words[word]
-                if missing:
-                    atomic_or(self._view[4 * word : 4 * word + 4], missing)
+                if missing and not self._failed:
+                    try:
+                        atomic_or(self._view[4 * word : 4 * word + 4], missing)
+                    except OSError as error:
+                        self._failed = True
+                        log.error("the dirty log cannot be written: %s; a migration with it loses data", error)
                     changed = True
         if changed and self._notify is not None and has_room(self._notify):
             self._write(self._notify)

@@ -2653,6 +2653,34 @@ class RecoveryTests(DaemonTest):
                 with self.seeded(packed=kind is PackedDriverQueue, indirect=indirect) as random_:
                     self.lives(random_, kind, features, indirect)
 
+    def test_new_region_of_a_ring_that_is_not_new(self) -> None:
+        """rule 20: as after a migration, or with a front-end that begins to track: a kill before anything was published loses nothing."""
+        for kind, features in (SplitDriverQueue, 0), (PackedDriverQueue, PACKED):
+            memory = GuestMemoryMmap.from_ranges([(RAM, 64 * PAGE)])
+            _, offsets = kind.layout(self.SIZE)
+            areas = (RAM + offsets[0], RAM + offsets[1], RAM + offsets[2])
+            driver = kind(memory, self.SIZE, areas, features)
+            tracker = PackedInflight if features & PACKED else SplitInflight
+            vring = self.life(memory, areas, self.SIZE, features, None, 0x80008000 if features & PACKED else 0)
+            for number in range(self.SIZE):
+                driver.add([], [(RAM + 8 * PAGE, 4)], number)
+                driver.publish()
+                vring.add_used_all(list(vring))
+                self.assertEqual(driver.used(), [(number, 4)])
+            base, region = vring.stop(), memoryview(bytearray(tracker.bytes_for(self.SIZE)))
+            vring = self.life(memory, areas, self.SIZE, features, region, base)
+            for number in range(self.SIZE):  # all descriptors
+                driver.add([], [(RAM + 8 * PAGE, 4)], number)
+            driver.publish()
+            self.assertEqual(len(list(vring)), self.SIZE)  # and it is killed
+            vring = self.life(memory, areas, self.SIZE, features, region, base)
+            vring.add_used_all(list(vring))
+            self.assertEqual(driver.used(), [(number, 4) for number in range(self.SIZE)])
+            driver.add([], [(RAM + 8 * PAGE, 4)], "and on")
+            driver.publish()
+            vring.add_used_all(list(vring))
+            self.assertEqual(driver.used(), [("and on", 4)])
+
     def lives(self, random_: random.Random, kind: type[DriverQueue], features: int, indirect: bool) -> None:
         memory = GuestMemoryMmap.from_ranges([(RAM, 64 * PAGE)])
         _, offsets = kind.layout(self.SIZE)
@@ -2734,13 +2762,16 @@ class RecoveryTests(DaemonTest):
         self.assertFalse(again.fresh)
         self.assertEqual(again.recover(3), [5])
 
-    def life(self, memory: GuestMemoryMmap, areas: tuple[int, int, int], size: int, features: int, region: memoryview) -> VringState:
+    def life(
+        self, memory: GuestMemoryMmap, areas: tuple[int, int, int], size: int, features: int, region: memoryview | None, base: int = 0
+    ) -> VringState:
         """A back-end's, begun with what the one before has left."""
         vring = VringState(GuestMemoryAtomic(memory), size)
         vring.set_queue_features(features)
         vring.set_queue_info(*areas)
         vring.set_queue_ready(True)
         vring.set_inflight(region)
+        vring.set_queue_next_avail(base)
         vring.set_enabled(True)
         vring.start()
         return vring
@@ -5617,6 +5648,28 @@ class DirtyLogTests(DaemonTest):
                 self.assertEqual([is_readable(other) for other in fds if other != fd], [False, False])
                 os.eventfd_read(fd)
 
+    def test_log_whose_words_are_not_aligned(self) -> None:
+        """It cannot be written atomically: it is refused, at once."""
+        for log_all in False, True:
+            log = GuestMemoryMmap.from_ranges([(0, PAGE)])
+            with self.connected(Echo()) as frontend:
+                if log_all:
+                    frontend.request("SET_FEATURES", U64(frontend.features | self.LOG_ALL))
+                with self.assertRaises(Disconnected):
+                    frontend.request("SET_LOG_BASE", Log(64, 6), [log.regions[0].fileno()])
+                self.expect_log("must be aligned")
+
+    def test_log_that_cannot_be_written(self) -> None:
+        """The front-end's loss: the ring goes on, and what has failed is said once."""
+        log = GuestMemoryMmap.from_ranges([(0, 16 * PAGE)])
+        with self.connected(Echo()) as frontend, mock.patch(f"{DirtyLog.__module__}.atomic_or", side_effect=OSError(errno.EFAULT, "Bad address")):
+            frontend.request("SET_LOG_BASE", Log(16 * PAGE, 0), [log.regions[0].fileno()])
+            frontend.request("SET_FEATURES", U64(frontend.features | self.LOG_ALL))
+            for _ in range(3):
+                self.echo(frontend, frontend.queues[0])
+            frontend.request("SET_FEATURES", U64(frontend.features))
+        self.expect_log("the dirty log cannot be written: .*Bad address")
+
     def test_log_that_is_too_small(self) -> None:
         """Pages beyond it are not marked, and nothing beyond it is written."""
         log = GuestMemoryMmap.from_ranges([(0, PAGE)])
@@ -5691,6 +5744,25 @@ class DirtyLogTests(DaemonTest):
             device.complete()
             self.assertEqual(len(queue.wait(PATIENCE)), 1)
             self.assertIn(start // 0x1000, self.logged(log.view(0, 16 * PAGE)))
+
+    def test_memory_that_is_shared_anew_while_a_request_is_in_flight(self) -> None:
+        """Also where most of memory does not lie."""
+        device = Later()
+        with self.connected(device, indirect=False, protocol_features=~PF.CONFIGURE_MEM_SLOTS) as frontend:
+            [queue] = frontend.queues
+            small = GuestRegionMmap.allocate((1 << 29) + 8, 0x800)  # begins within a page: it cannot be mapped beside the other one
+            whole = GuestMemoryMmap([*frontend.memory.regions, small])
+            log = GuestMemoryMmap.from_ranges([(0, 16 * PAGE)])
+            frontend.share_memory(whole)
+            at = small.guest_addr + 0x100
+            queue.submit([], [(at, 4)])
+            device.holds(1)
+            frontend.share_memory(whole)
+            frontend.request("SET_LOG_BASE", Log(16 * PAGE, 0), [log.regions[0].fileno()])
+            frontend.request("SET_FEATURES", U64(frontend.features | self.LOG_ALL))
+            device.complete()
+            self.assertEqual(len(queue.wait(PATIENCE)), 1)
+            self.assertIn(at // 0x1000, self.logged(log.view(0, 16 * PAGE)))
 
     def test_log_that_is_replaced(self) -> None:
         """What was marked and waits for its turn in the ring is in the old one; the eventfd of the old one is open as long as it is used."""
@@ -6120,6 +6192,22 @@ class IommuTests(DaemonTest):
                         frontend.map_iova(at + page * PAGE, PAGE, RAM + PAGE * (2 * page + number % 2))
                 self.assertGreater(len(frontend.iommu), 60)
 
+    def test_what_is_translated_otherwise_while_no_ring_runs(self) -> None:
+        """Front-ends that have stopped the device do not tell: what was known then is asked for again."""
+        for packed in False, True:
+            with self.subTest(packed=packed), self.behind(Echo(), packed) as (frontend, [queue]):
+                at = frontend.arena[0]
+                self.ping(frontend, queue, b"before", at)
+                base = frontend.stop_queue(queue)
+                old, new = RAM + PAGE * 11, RAM + PAGE * 13  # where nothing else is
+                for page, ram in (0, RAM + PAGE * 9), (2, new):
+                    frontend.iommu.invalidate(at + page * PAGE, PAGE)
+                    frontend.map_iova(at + page * PAGE, PAGE, ram)
+                frontend.memory.write(old, bytes(PAGE))
+                queue = frontend.start_queue(0, queue.driver, base)
+                self.ping(frontend, queue, b"after", at)
+                self.assertEqual(frontend.memory.read(new, 5), b"retfa")
+
     def test_ring_whose_own_translation_ends(self) -> None:
         """It pauses, asks, and goes on elsewhere."""
         for packed in False, True:
@@ -6329,6 +6417,14 @@ class PostcopyTests(DaemonTest):
                     self.assertEqual(answer.payload, u64(1))
                 frontend.connection.send(1, 0)
                 frontend.share_for_postcopy(other)
+
+    def test_table_that_cannot_be_mapped_ends_the_connection(self) -> None:
+        """A front-end that waits for a table is told nothing else."""
+        with self.arriving() as (frontend, _, _, _, _):
+            other = GuestMemoryMmap.from_ranges([(RAM, self.SIZE)])
+            frontend.connection.send(5, 0, MemTable((MemRegion(RAM, self.SIZE, RAM, 0),)).pack(), [other.regions[0].fileno()])
+            with self.assertRaises(Disconnected), frontend.connection.receive(PATIENCE):
+                pass
 
     def test_front_end_that_dies_leaves_nobody_waiting(self) -> None:
         """Not even a thread that waits for a page with the interpreter's lock in its hand."""
@@ -6636,6 +6732,18 @@ class EventfdTests(DaemonTest):
                 with self.filling(fd):
                     frontend.get_config(0, 8)  # which needs the device
                     frontend.request("GET_VRING_BASE", VringStatePayload(0, 0))  # which needs the ring
+
+    def test_control_thread_is_not_stuck_there_either(self) -> None:
+        """Nobody waits for it: it sees to that itself."""
+        fd = self.eventfd(0, 0)
+        with self.connected(Echo(), 1, protocol_features=~PF.GPA_ADDRESSES) as frontend, self.filled_when_written(fd) as filled:
+            frontend.request("SET_VRING_ERR", VringFd(0), [fd])
+            [region] = frontend.memory.regions
+            table = MemTable((MemRegion(region.guest_addr, region.size, region.user_addr - 8, 0),))  # the ring is misaligned there
+            frontend.connection.send(5, 0, table.pack(), [region.fileno()])
+            self.assertTrue(filled.wait(PATIENCE), "the eventfd is not written")
+            frontend.request("GET_FEATURES")
+        self.expect_log("ring 0 is broken")
 
     @contextlib.contextmanager
     def filled_when_written(self, fd: int) -> Iterator[threading.Event]:
@@ -7936,6 +8044,22 @@ class LifeTests(DaemonTest):
             served.wait()
             with self.assertRaises(Disconnected):
                 frontend.request("GET_FEATURES")
+
+    def test_shutdown_while_a_ring_waits_to_stop(self) -> None:
+        """The front-end is not told where it would go on: behind what is lost."""
+        device = Later()
+        for request, payload in ("GET_VRING_BASE", VringStatePayload(0, 0)), ("RESET_DEVICE", Empty()):
+            with self.subTest(request), self.serving(device) as served, served.connect() as frontend:
+                [queue] = frontend.setup(1, memory=1 << 20, size=16, indirect=False)
+                queue.submit([], [(frontend.arena[0], 4)])
+                device.holds(1)
+                frontend.connection.send(REQUESTS[request].number, 0, payload.pack())
+                self.assertFalse(is_readable(frontend.connection.socket, MOMENT))
+                served.daemon.shutdown()
+                with self.assertRaises(Disconnected), frontend.connection.receive(PATIENCE):
+                    pass
+                served.wait()
+                device.held.clear()
 
     def test_shutdown_from_any_thread_and_again(self) -> None:
         with self.serving(Echo()) as served, served.peer() as peer:

@@ -77,6 +77,7 @@ if TYPE_CHECKING or not __package__:
         IotlbMiss,
         IovaMemory,
         Userfault,
+        freed,
         map_shared,
         survive_truncation,
     )
@@ -117,6 +118,7 @@ else:
         IotlbMiss,
         IovaMemory,
         Userfault,
+        freed,
         map_shared,
         survive_truncation,
     )
@@ -1908,23 +1910,29 @@ class _Session:
             self._tear_down()
 
     def _tear_down(self) -> None:
-        for index in range(len(self._vrings)):
-            self._stop_ring(index, gone=True)
-            self._vrings[index].reset()
-            self._vrings[index].set_err(None)
-            self._vrings[index].notify = None
-        self._abort_transfer()
-        if self._channel:
-            self._channel.close()
-        if self._log_fd is not None:
-            os.close(self._log_fd)
-        self._end_postcopy()
-        self._memory.replace(GuestMemoryMmap())
-        for hook, arguments in (self._backend.update_memory, (self._memory,)), (self._backend.disconnected, ()):
-            try:
-                self._call(hook, *arguments)
-            except Refused:
-                pass  # logged; nobody is left to be told
+        with ExitStack() as steps:  # from the last to the first, each whatever becomes of the others
+            steps.callback(self._tell_gone, self._backend.disconnected)
+            steps.callback(self._tell_gone, self._backend.update_memory, self._memory)
+            steps.callback(self._memory.replace, GuestMemoryMmap())
+            steps.callback(self._end_postcopy)
+            if self._log_fd is not None:
+                steps.callback(os.close, self._log_fd)
+            if self._channel:
+                steps.callback(self._channel.close)
+            steps.callback(self._abort_transfer)
+            for index in reversed(range(len(self._vrings))):
+                steps.callback(self._forget_ring, index)
+                steps.callback(self._stop_ring, index, gone=True)
+
+    def _forget_ring(self, index: int) -> None:
+        vring = self._vrings[index]
+        vring.reset()
+        vring.set_err(None)
+        vring.notify = None
+
+    def _tell_gone(self, hook: Callable[..., None], *arguments: object) -> None:
+        with suppress(Refused):  # logged; nobody is left to be told
+            self._call(hook, *arguments)
 
     # Dispatch
 
@@ -2038,7 +2046,12 @@ class _Session:
                 f"{len(message.fds)} file descriptors for {len(payload.regions)} memory regions: is all of guest memory shared (share=on)?"
             )
         if self._listening:
-            return self._map_for_postcopy(payload, message)
+            try:
+                return self._map_for_postcopy(payload, message)
+            except (Refused, GuestMemoryError, OSError) as error:
+                if message.flags & FLAG_NEED_REPLY:
+                    raise
+                raise ProtocolError(f"SET_MEM_TABLE: {error} (postcopy: the front-end waits for a table)") from None
         regions = [self._map_region(region, message) for region in payload.regions]
         self._change_memory(GuestMemoryMmap(regions))
         return None
@@ -2184,7 +2197,9 @@ class _Session:
     # Dirty log
 
     def _set_log_base(self, payload: Log, message: Message) -> Payload:
-        self._log_view = map_shared(message.fds[0], payload.offset, payload.size)
+        view = map_shared(message.fds[0], payload.offset, payload.size)
+        DirtyLog(view)  # as a check, whether it is used now or later
+        self._log_view = view
         self._switch_log()
         return U64(0)
 
@@ -2201,7 +2216,8 @@ class _Session:
         for vring in self._vrings:
             vring.set_log(self._log)
         if before:
-            before.commit()  # what was marked and waited for a ring to publish: the front-end looks there once more
+            with freed(before.unblock):
+                before.commit()  # what was marked and waited for a ring to publish: the front-end looks there once more
 
     def _get_max_mem_slots(self, payload: Empty, message: Message) -> Payload:
         return U64(MAX_REGIONS)
@@ -2344,11 +2360,13 @@ class _Session:
         was_started = vring.started
         vring.suspend()
         waited = 0
+        given_up = False
         if not drain:
             self._call(self._backend.cancel_in_flight, index)
         while drain and not vring.wait_idle(1.0):
             waited += 1
-            if gone or self._connection.peer_gone():
+            given_up = not gone and self._connection.peer_gone()
+            if gone or given_up:
                 break
             if vring.device_failed and waited >= self._LOST_AFTER:
                 log.error("ring %d: %d in flight are lost, the device has failed", index, vring.in_flight)
@@ -2358,6 +2376,8 @@ class _Session:
         base = vring.stop()
         if was_started:
             self._tell_stopped(index)
+        if given_up:  # the daemon ends, say: where the ring would go on is behind what is lost, so that it is better not told
+            raise Disconnected(f"the wait for what is in flight in ring {index} is given up")
         return base
 
     def _tell_stopped(self, index: int) -> None:
@@ -2382,6 +2402,8 @@ class _Session:
             self._suspended = True
             if self._channel:
                 self._channel.suspend(True)
+            if self._iotlb:
+                self._iotlb.clear()  # while no ring runs, front-ends do not tell what becomes invalid
             self._call(self._backend.suspended)
 
     def _reset_owner(self, payload: Empty, message: Message) -> None:

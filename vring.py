@@ -53,6 +53,7 @@ if TYPE_CHECKING or not __package__:
         IovaMemory,
         clear_event,
         event_writer,
+        freed,
         has_room,
         make_room,
     )
@@ -73,6 +74,7 @@ else:
         IovaMemory,
         clear_event,
         event_writer,
+        freed,
         has_room,
         make_room,
     )
@@ -1010,7 +1012,9 @@ class SplitQueue(Queue):
         self._next_avail = base & 0xFFFF
         self._next_used = self._load(self._used16, 1)
         self._inflight = None if inflight is None else SplitInflight(inflight, self.size)
-        if self._inflight and not self._inflight.fresh:
+        if self._inflight and self._inflight.fresh:
+            self._inflight.note_published((), self._next_used)  # a new region may come to a ring that is not new, as after a migration
+        elif self._inflight:
             self._recover(self._inflight.recover(self._next_used))
 
     def _recover(self, heads: list[int]) -> None:
@@ -1926,7 +1930,8 @@ class VringState:
     def _release(self) -> None:
         self._lock.release()
         if self._completed and not self._depth:
-            self._flush_late()
+            with freed(self.unblock):
+                self._flush_late()
 
     @property
     def wanted(self) -> bool:
@@ -2245,7 +2250,8 @@ class VringState:
                 elif has_room(self._err):
                     self._writing = self._err
                     try:
-                        event_writer(self._err)(self._err, EVENT)
+                        with freed(self.unblock):
+                            event_writer(self._err)(self._err, EVENT)
                     except OSError as error:
                         log.warning("ring %d: err eventfd: %s", self.index, error)
                     finally:
@@ -2417,7 +2423,8 @@ class VringState:
             if self._queue:
                 self._base = self._queue.base
                 if self._log:
-                    self._log.commit()  # what was written into chains that are lost to the driver is written all the same
+                    with freed(self.unblock):
+                        self._log.commit()  # what was written into chains that are lost to the driver is written all the same
             self._queue = None
             self._completed = []
             self._settle()
