@@ -7630,18 +7630,24 @@ class ChannelTests(DaemonTest):
             self.expect_log("set_config of the device failed.*SHARED_OBJECT_LOOKUP would wait for the front-end")
 
     def test_wait_when_the_front_end_leaves(self) -> None:
-        device = Whole()
-        found: list[int | None] = []
-        with self.connected(device) as frontend:
-            channel = device.channel
-            assert channel
-            thread = threading.Thread(target=lambda: found.append(channel.shared_object_lookup(UUID(int=5))), name="waits")
-            thread.start()
-            wait_until(lambda: bool(frontend.channel and is_readable(frontend.channel.socket)), "the question")
-            frontend.connection.socket.shutdown(socket.SHUT_RDWR)  # the channel stays open at its end
-            thread.join(channel.ANSWER_TIMEOUT / 2)
-            self.assertEqual(found, [None])
-        self.expect_log("SHARED_OBJECT_LOOKUP is not answered")
+        """Or when the daemon is to end."""
+        for leaves in True, False:
+            device = Whole()
+            found: list[int | None] = []
+            with self.serving(device) as served, served.connect() as frontend:
+                frontend.setup(memory=1 << 20, size=16)
+                channel = device.channel
+                assert channel
+                thread = threading.Thread(target=lambda: found.append(channel.shared_object_lookup(UUID(int=5))), name="waits")  # noqa: B023
+                thread.start()
+                wait_until(lambda: bool(frontend.channel and is_readable(frontend.channel.socket)), "the question")
+                if leaves:
+                    frontend.connection.socket.shutdown(socket.SHUT_RDWR)  # the channel stays open at its end
+                else:
+                    served.daemon.shutdown()
+                thread.join(channel.ANSWER_TIMEOUT / 2)
+                self.assertEqual(found, [None])
+            self.expect_log("SHARED_OBJECT_LOOKUP is not answered")
 
     def test_suspended_device_is_silent(self) -> None:
         """rule 6: while all rings are stopped no message goes out; the control socket answers. A config change is told when a ring starts."""
