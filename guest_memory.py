@@ -1,6 +1,7 @@
 """Guest RAM that a front-end shares over file descriptors.
 
-Part of a framework for vhost-user back-ends in pure Python; needs the standard library alone, on Linux.
+Part of a framework for vhost-user back-ends in pure Python; needs the standard library alone, on Linux. Licensed under the Apache License,
+Version 2.0.
 
 In reading order:
 

@@ -11,6 +11,7 @@ subclass of `VhostUserBackend` or `VhostUserBackendMut`; `VhostUserDaemon` does 
     VhostUserDaemon("rng", Rng()).serve("/run/rng.sock")
 
 Needs the standard library alone, on Linux, with CPython 3.10 or newer. Vendor it with its two siblings, `vring` and `guest_memory`.
+Licensed under the Apache License, Version 2.0.
 
 In reading order:
 

@@ -1,6 +1,7 @@
 """Virtqueues: split and packed, device side and driver side.
 
-Part of a framework for vhost-user back-ends in pure Python; needs the standard library alone, on Linux.
+Part of a framework for vhost-user back-ends in pure Python; needs the standard library alone, on Linux. Licensed under the Apache License,
+Version 2.0.
 
 In reading order:
 
