@@ -636,14 +636,14 @@ class DaemonTest(CoreTest):
         look = worker._next_events
 
         def asleep() -> bool:
-            if rounds and rounds[-1] is not None:  # a ring is polled, in a round that has taken the wake-up: one more ends that
-                worker._wake.set()
-            return len(rounds) > before and rounds[-1] is None
+            if len(rounds) > before and rounds[-1] is None:
+                return True
+            worker._wake.set()  # again: it may poll a ring for long, after an earlier wake-up that took this one along
+            return False
 
         with mock.patch.object(worker, "_next_events", lambda timeout: (rounds.append(timeout), look(timeout))[1]):
             for _ in range(3):  # one may have begun before this, and one may be of events that were come across before
                 before = len(rounds)
-                worker._wake.set()
                 wait_until(asleep, "the worker to sleep")
 
     def stays(self, queue: FrontendQueue) -> None:
