@@ -2464,7 +2464,7 @@ class NotificationTests(RingTest):
                 self.assertEqual(found, [True])
 
     @staticmethod
-    def at_the_fence(queue: Queue, action: Callable[[], object]) -> None:
+    def at_the_fence(queue: Any, action: Callable[[], object]) -> None:
         """Have the driver do something just where the queue's next fence is."""
         fence = queue._fence
 
@@ -2472,7 +2472,7 @@ class NotificationTests(RingTest):
             queue._fence = fence
             action()
 
-        queue._fence = once  # type: ignore[assignment]  # called like the object
+        queue._fence = once
 
     def test_driver_kicks_once_until_the_device_has_looked(self) -> None:
         for features in 0, EVENT_IDX:
@@ -2537,7 +2537,8 @@ class NotificationTests(RingTest):
                         self.assertFalse(driver.publish())
                     return enable()
 
-                queue.enable_notification = enable_too_late  # type: ignore[method-assign]  # of this one queue
+                altered: Any = queue
+                altered.enable_notification = enable_too_late
                 driver.add([], [(DATA, 4)], b"first")
                 driver.publish()
                 ring.serve(ring.process)
@@ -3819,14 +3820,14 @@ class AcknowledgementTests(WireTest):
 
     def test_device_that_returns_nothing_is_a_refusal(self) -> None:
         class Forgets(Whole):
-            def set_status(self, status: int) -> int:
-                return None  # type: ignore[return-value]
+            def set_status(self, status: int) -> Any:
+                return None
 
-            def create_crypto_session(self, opcode: int, parameters: SymmetricSession | AsymmetricSession) -> int:
-                return None  # type: ignore[return-value]
+            def create_crypto_session(self, opcode: int, parameters: SymmetricSession | AsymmetricSession) -> Any:
+                return None
 
-            def get_config(self, offset: int, size: int) -> bytes:
-                return None  # type: ignore[return-value]
+            def get_config(self, offset: int, size: int) -> Any:
+                return None
 
         with self.served(Forgets()) as served, served.peer() as peer:
             peer.msg("SET_STATUS", u64(1), expect=REFUSED)
@@ -5816,10 +5817,10 @@ class DirtyLogTests(DaemonTest):
                 real.release()
 
         log = memoryview(bytearray(64))
-        dirty = DirtyLog(log)
+        dirty: Any = DirtyLog(log)
         real = dirty._lock
         dirty.mark(3 * 0x1000, 1)
-        dirty._lock = Lock()  # type: ignore[assignment]
+        dirty._lock = Lock()
         dirty.mark(5 * 0x1000, 1)
         dirty.commit()
         self.assertEqual(self.logged(log), {3, 5})
@@ -7038,6 +7039,9 @@ class DeviceTests(DaemonTest):
                 time.sleep(0.001)
                 return True
 
+            def get_config(self, offset: int, size: int) -> bytes:
+                return bytes([min(self.batches - waits[-1], 255)])
+
         class Gate:
             """Of the lock that serialises calls of the device. Whoever stands in it and is no worker waits for the lock."""
 
@@ -7058,11 +7062,12 @@ class DeviceTests(DaemonTest):
 
         device = Busy()
         waits: list[int] = []
-        device.get_config = lambda offset, size: bytes([min(device.batches - waits[-1], 255)])  # type: ignore[method-assign]
         with self.serving(device) as served, served.connect() as frontend:
             frontend.setup(memory=1 << 20, size=16)
             wait_until(lambda: device.batches > 5, "the worker to be busy")
-            gate, served.daemon.calls._gate = served.daemon.calls._gate, Gate()  # type: ignore[union-attr]
+            calls: Any = served.daemon.calls
+            gate: threading.Lock = calls._gate
+            calls._gate = Gate()
             for turn in range(1, 51):
                 [batches] = frontend.get_config(0, 1)
                 # The one that has begun is over then; one may have passed the gate just before. (How many the control thread takes to come

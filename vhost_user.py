@@ -332,7 +332,7 @@ class Payload(ABC):
 
     def pack(self) -> bytes:
         """The bytes on the wire."""
-        return self.LAYOUT.pack(*astuple(self))  # type: ignore[call-overload]  # every payload is a dataclass
+        return self.LAYOUT.pack(*astuple(cast(Any, self)))  # every payload is a dataclass
 
     @classmethod
     def unpack(cls: type[_P], data: bytes) -> _P:
@@ -1313,6 +1313,7 @@ class VhostUserBackend:
     def process_queue(self, vring: VringT) -> None:
         """Serve a ring: iterate over it, give each chain to `vring.add_used`, now or later. Called when the driver has made chains
         available. Re-arming and notification are the framework's."""
+        # Not abstract: a device may have `handle_event` in its place.
         raise NotImplementedError(f"{type(self).__name__} has no process_queue")
 
     def handle_event(self, device_event: int, evset: int, vrings: Sequence[VringT], thread_id: int) -> bool | None:
@@ -1320,7 +1321,7 @@ class VhostUserBackend:
         registered with `device_event` as its data; `evset` has the epoll events. Returns true to be called again soon.
 
         An exception marks the ring broken, or removes the listener."""
-        if device_event >= len(vrings):
+        if device_event >= len(vrings):  # only a device that registers listeners needs a method of its own
             raise NotImplementedError(f"{type(self).__name__} registers a listener and has no handle_event")
         ring = vrings[device_event]
         assert isinstance(ring, VringState)
@@ -1414,6 +1415,7 @@ class VhostUserBackend:
     def save_state(self, file: BinaryIO) -> None:
         """Write all of the device's state. In a thread of its own, beside other methods, with all rings stopped; what it raises fails the migration,
         after which the device may go on."""
+        # Not abstract, nor is `load_state`: DEVICE_STATE is only offered by a device that overrides it, or `set_device_state_fd`.
         raise NotImplementedError(f"{type(self).__name__} has no save_state")
 
     def load_state(self, file: BinaryIO) -> None:

@@ -1922,17 +1922,14 @@ class VringState:
         try:
             yield self
         finally:
-            self._release()
+            self._lock.release()
+            if self._completed and not self._depth:
+                with freed(self.unblock):  # a worker is freed by who waits for it; nobody waits for the control thread
+                    self._flush_late()
 
     def get_ref(self) -> ContextManager[VringState]:
         """The ring to read from, with nobody changing it."""
         return self.get_mut()
-
-    def _release(self) -> None:
-        self._lock.release()
-        if self._completed and not self._depth:
-            with freed(self.unblock):
-                self._flush_late()
 
     @property
     def wanted(self) -> bool:
@@ -2121,7 +2118,9 @@ class VringState:
                 self._flush()
         finally:
             self._depth -= 1
-            self._release()
+            self._lock.release()
+            if self._completed and not self._depth:
+                self._flush_late()
 
     def drain(self, process: Callable[[VringT], object]) -> bool:
         """Let `process` (which iterates over the ring) take all there is, then arm notifications. Returns whether chains are left.

@@ -130,9 +130,9 @@ class Image(ABC):
     def size(self) -> int:
         """Bytes, as of now."""
 
+    @abstractmethod
     def content(self) -> memoryview:
         """All of it, with `copies_reads`. When `truncation.pages` has changed across a copy, that has to be done again by `read` or `write`."""
-        raise NotImplementedError
 
     def refresh(self) -> None:  # noqa: B027 - memory of our own stays as it is
         """Look at the storage again: it has another size."""
